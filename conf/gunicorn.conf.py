@@ -1,0 +1,101 @@
+"""gunicorn for streams: gevent workers that hold many open answers, and end them truthfully when they stop.
+
+    gunicorn -c conf/gunicorn.conf.py -b 127.0.0.1:8000 wsgi:app
+
+Anything here can be overridden on gunicorn's command line.
+"""
+
+# First of all: what is imported before the patch keeps blocking sockets, and TLS to the upstream then fails.
+from gevent import monkey
+
+monkey.patch_all()
+
+import os  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
+from typing import Any  # noqa: E402
+
+worker_class = "gevent"
+workers = int(os.environ.get("WEB_CONCURRENCY", os.cpu_count() or 1))
+
+# One connection is one greenlet; answers take at most nine tenths, the rest is for health checks and idle connections.
+worker_connections = 1000
+ANSWERS_OF_TEN = 9
+FILES_A_STREAM = 2  # the caller's socket and the upstream's
+OTHER_FILES = 256  # idle connections to the upstream, logs, libraries
+
+# nginx keeps idle connections for 60 s. If gunicorn closed first, a POST on such a connection would be lost.
+keepalive = 75
+
+# A worker that is told to stop has this long. Answers that cannot end by then get the error `draining` before it is over.
+graceful_timeout = int(float(os.environ.get("STREAMCHAT_GRACE") or 120))
+# The master kills when its clock ends; workers learn of the stop up to a second later, and need two to end.
+MARGIN = min(10.0, max(3.0, graceful_timeout / 4))
+
+# Recycling by request count closes the door first and waits for the longest stream: an outage, not a hygiene.
+max_requests = 0
+# HTTP/2 under gevent serves the streams of one connection one after the other. nginx speaks it to browsers.
+http_protocols = "h1"
+# One control socket for all gunicorns of a user: they would steal it from each other.
+control_socket_disable = True
+
+# The line of each answer is logged by `streamchat` at INFO, which logging would drop by default. httpx2 and openai
+# would log the upstream's address with every request: warnings only.
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+    "root": {"level": "WARNING", "handlers": ["stderr"]},
+    "loggers": {
+        "gunicorn.error": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
+        "gunicorn.access": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
+        "streamchat": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
+        "httpx2": {"level": "WARNING"},
+        "httpcore2": {"level": "WARNING"},
+        "openai": {"level": "WARNING"},
+    },
+}
+
+
+def on_starting(server: Any) -> None:
+    """Ends at once, with one sentence, where the app could not start: workers would only die one after the other."""
+    if server.app.app_uri == "wsgi:app":
+        from streamchat.errors import SettingsError
+        from streamchat.mount import check_environ
+
+        try:
+            check_environ(os.environ)
+        except SettingsError as error:
+            sys.exit(f"streamchat cannot start: {error}")
+    fit_files(server)
+
+
+def fit_files(server: Any) -> None:
+    """Raises the limit of open files as far as it goes, and takes fewer connections where that is not enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = server.cfg.worker_connections
+    fitting = wanted if hard == resource.RLIM_INFINITY else (hard - OTHER_FILES) // FILES_A_STREAM
+    if fitting < wanted:
+        server.cfg.set("worker_connections", max(1, fitting))
+        server.log.warning(
+            "The limit of %d open files allows %d connections a worker, not %d: raise it (ulimit -n, LimitNOFILE).",
+            hard,
+            max(1, fitting),
+            wanted,
+        )
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Only the worker's copy: its own clock must end before the master's, or its answers die without cleanup."""
+    worker.cfg.set("graceful_timeout", max(1, int(server.cfg.graceful_timeout - MARGIN / 2)))
+
+
+def post_worker_init(worker: Any) -> None:
+    """The app is loaded: warm its client up, cap its answers, let it see when the worker is told to stop."""
+    from streamchat.extension import follow_worker
+
+    most = max(1, worker.worker_connections * ANSWERS_OF_TEN // 10)
+    follow_worker(worker.wsgi, lambda: not worker.alive, most, graceful_timeout - MARGIN)

@@ -1,0 +1,225 @@
+"""The upstream's bytes become events: SSE framing, then Chat Completions chunks. Pure; any split gives the same events.
+
+Tolerant where servers differ (missing usage, empty choices), strict where an answer could look whole and is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import (
+    ContentRefused,
+    InputTooLong,
+    UpstreamError,
+    UpstreamFailure,
+    UpstreamIncomplete,
+    UpstreamMalformed,
+    UpstreamQuota,
+    UpstreamRateLimited,
+)
+from .events import Event, Finish, Reasoning, Refusal, Text, ToolCall, Usage
+
+EVENT_BYTES = 1 << 20  # one event; the longest seen carry a whole tool call, some 100 KB
+
+# The `code` or `type` of an upstream error object, in a stream or in the body of a 4xx.
+ERROR_CODES: dict[str, type[UpstreamFailure]] = {
+    "context_length_exceeded": InputTooLong,
+    "exceed_context_size_error": InputTooLong,  # llama.cpp
+    "string_above_max_length": InputTooLong,
+    "content_policy_violation": ContentRefused,
+    "content_filter": ContentRefused,  # Azure
+    "insufficient_quota": UpstreamQuota,
+    "rate_limit_exceeded": UpstreamRateLimited,
+}
+_SAFE_CODE = re.compile(r"[a-z0-9_.]{1,64}")
+
+
+class SseDecoder:
+    """Bytes to (event type, data) pairs by WHATWG HTML 9.2.6: any line end, comments and unknown fields dropped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._after_cr = False
+        self._first = True
+        self._type = b""
+        self._data: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Raises UpstreamMalformed for an event over EVENT_BYTES. An event without data is not dispatched."""
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]  # the second half of a CRLF
+            self._after_cr = False
+            if not data:
+                return
+        if data:
+            self._after_cr = data.endswith(b"\r")
+        lines = (self._rest + data).splitlines(keepends=True)  # of bytes: CR, LF and CRLF only
+        self._rest = lines.pop() if lines and lines[-1][-1:] not in b"\r\n" else b""
+        for line in lines:
+            yield from self._line(line.rstrip(b"\r\n"))
+        if self._size + len(self._rest) > EVENT_BYTES:
+            raise UpstreamMalformed
+
+    def _line(self, line: bytes) -> Iterator[tuple[bytes, bytes]]:
+        if self._first:
+            self._first = False
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line:
+            if self._data:
+                yield self._type, b"\n".join(self._data)
+            self._type, self._data, self._size = b"", [], 0
+        elif line.startswith(b"data:"):
+            value = line[6:] if line[5:6] == b" " else line[5:]
+            self._data.append(value)
+            self._size += len(value)
+        elif line.startswith(b"event:"):
+            self._type = line[6:].removeprefix(b" ")
+        elif line == b"data":
+            self._data.append(b"")
+
+
+class ChatDecoder:
+    """Bytes of a Chat Completions stream to events; ends with Finish, or raises an UpstreamFailure."""
+
+    def __init__(self) -> None:
+        self._sse = SseDecoder()
+        self._join = SurrogateJoiner()
+        self._finish_reason: str | None = None
+        self._usage: Usage | None = None
+        self.finished = False
+        self.done = False  # [DONE] was seen: the upstream has said all
+        self.error_code: str | None = None
+
+    @property
+    def concluding(self) -> bool:
+        """The answer is whole; only its usage may still come."""
+        return self._finish_reason is not None
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Events that these bytes complete; [] for none. b"" is the end of the stream."""
+        events: list[Event] = []
+        for kind, payload in self._sse.feed(data):
+            if payload.startswith(b"[DONE]"):
+                self.done = True
+                break
+            events += self._chunk(kind, payload)
+        if self.done or not data:
+            events += self.conclude()
+        return events
+
+    def conclude(self) -> list[Event]:
+        """The end. Raises UpstreamIncomplete where no finish_reason was given: that answer was cut."""
+        if self._finish_reason is None:
+            raise UpstreamIncomplete
+        self.finished = True
+        rest: list[Event] = [_TEXTS[kind](text) for kind, text in self._join.rest() if kind in _TEXTS]
+        return [*rest, Finish(self._finish_reason, self._usage)]
+
+    def _chunk(self, kind: bytes, payload: bytes) -> list[Event]:
+        try:
+            chunk = json.loads(payload)
+        except (ValueError, RecursionError):
+            raise UpstreamMalformed from None
+        if not isinstance(chunk, dict):
+            raise UpstreamMalformed
+        if kind == b"error" or chunk.get("error"):
+            raise self._error(chunk.get("error") or chunk)
+        try:
+            return self._events(chunk)
+        except (TypeError, AttributeError, ValueError, KeyError):
+            raise UpstreamMalformed from None
+
+    def _error(self, error: Any) -> UpstreamFailure:
+        self.error_code = public_code(error)
+        return error_kind(error, UpstreamError)()
+
+    def _events(self, chunk: dict[str, Any]) -> list[Event]:
+        usage = chunk.get("usage")
+        if usage:
+            self._usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+        for choice in chunk.get("choices") or ():
+            if choice.get("index") or 0:
+                continue  # we ask for one answer; a second one is nobody's
+            if choice.get("finish_reason"):
+                self._finish_reason = str(choice["finish_reason"])
+            return list(self._delta(choice.get("delta") or {}))
+        return []
+
+    def _delta(self, delta: dict[str, Any]) -> Iterator[Event]:
+        for field, kind in _FIELDS:
+            value = delta.get(field)
+            if value:
+                text = self._join.join(kind, _string(value))
+                if text:
+                    yield _TEXTS[kind](text)
+        for call in delta.get("tool_calls") or ():
+            yield self._tool_call(call)
+
+    def _tool_call(self, call: dict[str, Any]) -> ToolCall:
+        function, index = call.get("function") or {}, int(call.get("index") or 0)
+        arguments = self._join.join(f"tool {index}", _string(function.get("arguments") or ""))
+        return ToolCall(index, call.get("id"), function.get("name"), arguments)
+
+
+_FIELDS = (
+    ("reasoning_content", "reasoning"),  # DeepSeek, llama.cpp, vLLM
+    ("reasoning", "reasoning"),  # OpenRouter, Ollama
+    ("content", "text"),
+    ("refusal", "refusal"),
+)
+_TEXTS: dict[str, Callable[[str], Event]] = {"text": Text, "reasoning": Reasoning, "refusal": Refusal}
+
+
+class SurrogateJoiner:
+    """Text whose emoji may be split over two deltas: a trailing high surrogate waits for the next of its kind."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, str] = {}
+
+    def join(self, kind: str, text: str) -> str:
+        """The text that can be written now; lone surrogates become U+FFFD."""
+        if text.isascii() and not self._held:
+            return text
+        text = self._held.pop(kind, "") + text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            self._held[kind], text = text[-1], text[:-1]
+        return _whole(text)
+
+    def rest(self) -> list[tuple[str, str]]:
+        """What still waits at the end has lost its other half."""
+        held, self._held = self._held, {}
+        return [(kind, _whole(text)) for kind, text in held.items()]
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _names(error: Any) -> list[str]:
+    if not isinstance(error, dict):
+        return []
+    return [name for name in (error.get("code"), error.get("type")) if isinstance(name, str)]
+
+
+def error_kind(error: Any, otherwise: type[UpstreamFailure]) -> type[UpstreamFailure]:
+    """The failure that an upstream's error object means."""
+    return next((ERROR_CODES[name] for name in _names(error) if name in ERROR_CODES), otherwise)
+
+
+def public_code(error: Any) -> str | None:
+    """The code of an upstream's error object, if it is safe to log: a word, not a sentence that may hold a key."""
+    return next((name for name in _names(error) if _SAFE_CODE.fullmatch(name)), None)

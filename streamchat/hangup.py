@@ -1,0 +1,116 @@
+"""The caller's socket: has the caller left, is it reading, and how to break an answer off so that the caller sees it.
+
+Nothing is read from the socket: a stray CRLF or a pipelined request stays where it is and hides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .cancellation import shut_down
+from .loop import Loop
+
+SEND_BUFFER = 32768  # bytes; Linux grows it to megabytes else, and a caller that stopped reading is seen late
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, zero seconds: close sends RST
+
+
+class Caller:
+    """The other end of one answer, where the server shows its socket; else everything here does nothing."""
+
+    def __init__(self, sock: Any = None, *, http10: bool = False, returns: bool = False) -> None:
+        self._socket = sock
+        self._http10 = http10
+        self._returns = returns
+        with contextlib.suppress(OSError):
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, Any]) -> Caller:
+        """Looks where gunicorn's workers and Werkzeug's server put the socket."""
+        http10 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        sock = environ.get("gunicorn.socket") or environ.get("gunicorn.sock")
+        if sock is not None:
+            return cls(sock, http10=http10)
+        return cls(environ.get("werkzeug.socket"), http10=http10, returns=True)
+
+    def fileno(self) -> int:
+        """-1 where there is none to watch."""
+        return -1 if self._socket is None else int(self._socket.fileno())
+
+    def hang_up(self) -> None:
+        """Ends the connection under whoever is writing to it."""
+        if (fd := self.fileno()) >= 0:
+            shut_down(fd)
+
+    def break_off(self) -> None:
+        """Makes the end of the answer look broken to the caller. Leaves by ConnectionResetError, but for one server.
+
+        gunicorn logs a reset at DEBUG, and any other exception with a traceback. It never writes a final chunk then.
+        An HTTP/1.0 answer ends at the close, which would look clean: that socket is reset.
+        Werkzeug's debugger turns an exception into a clean end: there the socket is shut down, and the end is normal.
+        """
+        with contextlib.suppress(OSError):
+            if self._http10 and self._socket is not None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        if self._returns and self._socket is not None:
+            self.hang_up()
+            return
+        raise ConnectionResetError(errno.ECONNRESET, "the answer was broken off")
+
+
+class Hangups:
+    """Watches the callers of one worker by one epoll: EPOLLRDHUP says FIN and half-close, errors come unasked.
+
+    The data that may stand before the end is not looked at, so it cannot hide the end or keep the loop busy.
+    """
+
+    def __init__(self, loop: Loop, tick: Callable[[], None]) -> None:
+        self._epoll = loop.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()  # an event of a descriptor must not reach the next owner of its number
+        self._stop = loop.attend(self._epoll.fileno(), self._ready, tick) if self._epoll else _nothing
+
+    def watch(self, fd: int, left: Callable[[], None]) -> None:
+        """Calls `left` once if the caller on fd leaves. It may not wait."""
+        if fd < 0 or self._epoll is None:
+            return
+        with self._lock:
+            self._watched[fd] = left
+            self._epoll.register(fd, select.EPOLLRDHUP)
+
+    def unwatch(self, fd: int) -> None:
+        """To be called before the descriptor is closed. Idempotent."""
+        with self._lock:
+            self._forget(fd)
+
+    def _forget(self, fd: int) -> Callable[[], None] | None:
+        left = self._watched.pop(fd, None)
+        if left is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+        return left
+
+    def _ready(self) -> None:
+        with self._lock:
+            for fd, _ in self._epoll.poll(0):
+                left = self._forget(fd)
+                if left is not None:
+                    left()
+
+    def close(self) -> None:
+        self._stop()
+        with self._lock:
+            if self._epoll is not None:
+                self._epoll.close()
+
+
+def _nothing() -> None:
+    """What is stopped where nothing was started."""

@@ -1,0 +1,53 @@
+"""What stays of an answer: one record, told by a signal and one log line. Never holds what was asked or answered."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+from blinker import Namespace
+
+logger = logging.getLogger("streamchat")
+
+signals = Namespace()
+answer_started = signals.signal("answer-started")
+answer_finished = signals.signal("answer-finished")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One admitted answer, whatever became of it. Times are seconds; `started` is a Unix time.
+
+    `outcome` is completed, or the code of the error that ended it; caller_left and caller_stalled among them.
+    """
+
+    id: str
+    user: str | None
+    model: str
+    started: float
+    first_piece: float | None
+    duration: float
+    outcome: str
+    finish_reason: str | None
+    pieces: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+    attempts: int
+    upstream_status: int | None
+    upstream_request_id: str | None
+    upstream_code: str | None
+
+
+def log_record(record: Record) -> None:
+    """The one line of an answer: key=value for people, the record itself as `record.answer` for handlers."""
+    line = " ".join(f"{name}={_shown(value)}" for name, value in asdict(record).items() if value is not None)
+    logger.info("answer %s", line, extra={"answer": record})
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
+    # A user id is the shop's, and may hold anything: one line stays one line, and one field one field.
+    return text if text.isprintable() and " " not in text else repr(text)

@@ -1,0 +1,87 @@
+"""The answers that this worker is running: how many there may be, who stopped reading, and what happens at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from .cancellation import Cancellation
+from .errors import CallerStalled, Draining, Interrupted, Overloaded
+from .hangup import Caller, Hangups
+from .loop import Loop
+
+RETRY_AFTER = 5  # seconds; what a full or stopping worker tells callers
+LEASE_SPARE = 60.0  # seconds after which an answer that nothing ended loses its slot
+STUCK_SECONDS = 1.0  # a write that takes longer while the worker stops is not waited for
+
+
+class Running(Protocol):
+    """What the sweep needs of an answer."""
+
+    cancellation: Cancellation
+    caller: Caller
+    started: float  # monotonic
+    writing_since: float  # monotonic; 0.0 while nothing is being written
+
+    def release(self) -> None: ...
+
+
+class Live:
+    """One for each mounted blueprint and process. Sweeps once a second."""
+
+    def __init__(self, loop: Loop, most: int, write_timeout: float, total_timeout: float) -> None:
+        self.most = most
+        self.draining = False
+        self.hangups = Hangups(loop, self.sweep)
+        self._running: set[Running] = set()
+        self._write_timeout = write_timeout
+        self._longest = total_timeout + write_timeout + LEASE_SPARE
+        self._is_stopping: Callable[[], bool] | None = None
+        self._drain_seconds = 0.0
+        self._drain_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def admit(self, answer: Running) -> None:
+        """Gives the answer its slot and watches its caller. Raises Draining or Overloaded at once."""
+        if self.draining:
+            raise Draining(retry_after=RETRY_AFTER)
+        if len(self._running) >= self.most:
+            raise Overloaded(retry_after=RETRY_AFTER)
+        self._running.add(answer)
+
+    def leave(self, answer: Running) -> None:
+        """Frees the slot. Idempotent."""
+        self._running.discard(answer)
+
+    def follow(self, is_stopping: Callable[[], bool], drain_seconds: float) -> None:
+        """From when `is_stopping()` is true no answer is begun; those that still run after `drain_seconds` end."""
+        self._is_stopping = is_stopping
+        self._drain_seconds = drain_seconds
+
+    def sweep(self) -> None:
+        """Once a second. Never waits, and raises nothing: it runs in the event loop."""
+        now = time.monotonic()
+        self._look_for_the_end(now)
+        for answer in list(self._running):
+            writing = now - answer.writing_since if answer.writing_since else 0.0
+            if writing > self._write_timeout:
+                answer.cancellation.cancel(CallerStalled())
+                answer.caller.hang_up()
+            if now - answer.started > self._longest:
+                answer.cancellation.cancel(Interrupted())
+                answer.release()
+            if self.draining and now >= self._drain_at:
+                answer.cancellation.cancel(Draining())
+                if writing > STUCK_SECONDS:
+                    answer.caller.hang_up()
+
+    def _look_for_the_end(self, now: float) -> None:
+        if not self.draining and self._is_stopping is not None and self._is_stopping():
+            self.draining = True
+            self._drain_at = now + self._drain_seconds
+
+    def close(self) -> None:
+        self.hangups.close()

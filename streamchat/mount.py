@@ -1,0 +1,182 @@
+"""One blueprint mounted in one app: its settings, the shop's hooks, and what this process holds for it.
+
+What belongs to a process (clients, watchers) is made at the first answer, after gunicorn has forked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Flask, Request
+
+from .access import user_of_token
+from .answer import Answer, Order
+from .encoders import Encoder
+from .errors import SettingsError, StreamChatError, Unauthorized
+from .hangup import Caller
+from .ledger import Record, answer_finished, answer_started, log_record
+from .live import Live
+from .loop import Loop, choose_loop
+from .schema import ChatRequest
+from .settings import Settings, read_environ
+from .upstream import ClientFactory, Prompt, Upstream, check_credentials
+
+logger = logging.getLogger("streamchat")
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a shop may override. Each runs in the request's context, but `on_finish`, which has an app context."""
+
+    authorize: Callable[[Request], str | None] | None = None
+    build_messages: Callable[[ChatRequest, str | None], Sequence[Any]] | None = None
+    before_wait: Callable[[], None] | None = None
+    client_factory: ClientFactory | None = None
+    on_finish: Callable[[Record, str], None] | None = None
+    error_text: Callable[[str, str | None], str | None] | None = None
+    make_id: Callable[[], str] | None = None
+
+
+class Process:
+    """What one process holds for a mount."""
+
+    def __init__(self, settings: Settings, hooks: Hooks) -> None:
+        self.pid = os.getpid()
+        self.loop: Loop = choose_loop()
+        self.live = Live(self.loop, settings.max_streams, settings.write_timeout, settings.total_timeout)
+        self.upstream = Upstream(settings, self.loop, hooks.client_factory)
+
+    def close(self) -> None:
+        self.live.close()
+        self.upstream.close()
+
+
+class Mount:
+    """`app.extensions["streamchat"][name]`."""
+
+    def __init__(self, app: Flask, hooks: Hooks, overrides: Mapping[str, Any]) -> None:
+        self.settings = Settings.from_mapping(app.config, overrides)
+        self.hooks = hooks
+        self._app = app
+        self._process: Process | None = None
+        self._lock = threading.Lock()
+        check_access(self.settings, hooks.authorize is not None)
+        check_credentials(hooks.client_factory)
+
+    @property
+    def process(self) -> Process:
+        """Made once in each process."""
+        process = self._process
+        if process is None or process.pid != os.getpid():
+            with self._lock:
+                if self._process is None or self._process.pid != os.getpid():
+                    self._process = Process(self.settings, self.hooks)
+                process = self._process
+        return process
+
+    @property
+    def draining(self) -> bool:
+        return self._process is not None and self._process.live.draining
+
+    def make_id(self) -> str:
+        return self.hooks.make_id() if self.hooks.make_id is not None else f"resp_{secrets.token_hex(16)}"
+
+    def user(self, request: Request) -> str | None:
+        """Who asks; None where everybody may. Raises Unauthorized, or what the shop's hook aborts with."""
+        if self.hooks.authorize is not None:
+            user = self.hooks.authorize(request)
+            if user is None or user == "":  # Flask-Login's get_id() of nobody is None
+                raise Unauthorized
+            return str(user)
+        if self.settings.tokens:
+            return user_of_token(request.headers.get("Authorization"), self.settings.tokens)
+        return None
+
+    def answer(self, answer_id: str, user: str | None, asked: ChatRequest, encoder: Encoder, caller: Caller) -> Answer:
+        """An answer that has its slot and is being opened. Raises Draining or Overloaded."""
+        process, hooks = self.process, self.hooks
+        prompt = Prompt(self._messages(asked, user), asked.model, asked.params)
+        client = process.upstream.client()
+        (hooks.before_wait or self._close_database)()
+        answer = Answer(
+            Order(answer_id, user, prompt),
+            self.settings,
+            encoder,
+            caller,
+            process.live,
+            process.loop,
+            self._told,
+            keep_text=hooks.on_finish is not None,
+        )
+        answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.trail))
+        self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
+        return answer
+
+    def _messages(self, asked: ChatRequest, user: str | None) -> Sequence[Any]:
+        if self.hooks.build_messages is not None:
+            return self.hooks.build_messages(asked, user)
+        system = self.settings.system_prompt
+        turns = [{"role": turn.role, "content": turn.content} for turn in asked.messages]
+        return [{"role": "system", "content": system}, *turns] if system else turns
+
+    def _close_database(self) -> None:
+        """The default of before_wait: whoever waits for a model holds no connection of Flask-SQLAlchemy's pool."""
+        database = self._app.extensions.get("sqlalchemy")
+        if database is not None:
+            database.session.close()
+
+    def _told(self, record: Record, text: str) -> None:
+        log_record(record)
+        self._guarded(lambda: answer_finished.send(self._app, record=record))
+        if self.hooks.on_finish is not None:
+            self._guarded(lambda: self._on_finish(record, text))
+
+    def _on_finish(self, record: Record, text: str) -> None:
+        assert self.hooks.on_finish is not None
+        with self._app.app_context():
+            self.hooks.on_finish(record, text)
+
+    def _guarded(self, task: Callable[[], object]) -> None:
+        """What a shop's receiver raises must not touch the answer."""
+        try:
+            task()
+        except Exception:
+            logger.exception("a hook of the application failed")
+
+    def error_text(self, error: StreamChatError, locale: str | None) -> str:
+        hook = self.hooks.error_text
+        return (hook(error.code, locale) if hook is not None else None) or error.detail
+
+    def follow(self, is_stopping: Callable[[], bool], most: int, drain_seconds: float) -> None:
+        """Called by conf/gunicorn.conf.py in each worker: warms up, caps, and listens for the end."""
+        process = self.process
+        process.live.most = min(process.live.most, most)
+        process.live.follow(is_stopping, drain_seconds)
+        if self.hooks.client_factory is None:
+            process.upstream.client()
+
+    def close(self) -> None:
+        """Ends what the process holds. For tests; a worker that exits needs no call."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+def check_access(settings: Settings, has_authorize: bool) -> None:
+    """Raises SettingsError where anybody could spend the money without the app having said so."""
+    if not has_authorize and not settings.tokens and not settings.public:
+        raise SettingsError(
+            "Nobody is asked who they are: pass authorize=..., or set STREAMCHAT_TOKENS, or set STREAMCHAT_PUBLIC to true."
+        )
+
+
+def check_environ(environ: Mapping[str, str]) -> None:
+    """Raises SettingsError for what would stop wsgi.py, which has no hooks. For a server that is about to fork."""
+    check_access(Settings.from_mapping(read_environ(environ)), has_authorize=False)
+    check_credentials(None)

@@ -1,0 +1,142 @@
+"""The bytes of a request body become a `ChatRequest`, or an error that names the field. Never sees Flask.
+
+What a caller may not set is refused, not ignored; no error repeats what the caller sent.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import InvalidRequest, PayloadTooLarge
+from .settings import Settings
+
+CONTEXT_BYTES = 4096  # the shop's own object; an id or two, not a place for documents
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What a caller asks, after every check. `params` holds only what the settings let callers set."""
+
+    messages: tuple[Message, ...]
+    model: str
+    params: dict[str, float | int]
+    context: dict[str, Any]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    message: str | None = None
+    messages: list[_Message] | None = None
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    max_output_tokens: int | None = Field(None, ge=1)
+    context: dict[str, Any] | None = None
+
+
+def parse_request(body: bytes, settings: Settings) -> ChatRequest:
+    """A ChatRequest out of a JSON body.
+
+    Raises InvalidRequest (400), naming the field, or PayloadTooLarge (413) for too much text.
+    """
+    parsed = _validated(body)
+    messages = _messages(parsed)
+    _check_size(messages, settings)
+    return ChatRequest(
+        messages=messages,
+        model=_model(parsed.model, settings),
+        params=_params(parsed, settings),
+        context=_context(parsed.context),
+    )
+
+
+def _validated(body: bytes) -> _Body:
+    try:
+        return _Body.model_validate_json(body)
+    except ValidationError as error:
+        # Input and cause stay out: they hold what the caller wrote.
+        reason = _reason(error.errors(include_url=False, include_input=False, include_context=False)[0])
+    raise InvalidRequest(reason)
+
+
+REASONS = {
+    "json_invalid": "The body is not valid JSON.",
+    "model_type": "{field} must be an object.",
+    "extra_forbidden": "{field} is not a field of this request.",
+    "missing": "{field} is missing.",
+    "literal_error": "{field} must be 'user' or 'assistant'.",
+    "string_type": "{field} must be text.",
+    "list_type": "{field} must be a list.",
+    "dict_type": "{field} must be an object.",
+}
+
+
+def _reason(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])[:100]
+    shown = f"The field {json.dumps(field)}" if field else "The body"
+    sentence = REASONS.get(error["type"])
+    return sentence.format(field=shown) if sentence else f"{shown}: {error['msg']}."
+
+
+def _messages(body: _Body) -> tuple[Message, ...]:
+    if (body.message is None) == (body.messages is None):
+        raise InvalidRequest('Send either "message", a text, or "messages", a list of {"role", "content"}.')
+    given = body.messages if body.messages is not None else [_Message(role="user", content=body.message or "")]
+    if not given:
+        raise InvalidRequest('The field "messages" must hold at least one message.')
+    for index, message in enumerate(given):
+        if not message.content.strip():
+            field = "message" if body.message is not None else f"messages.{index}.content"
+            raise InvalidRequest(f'The field "{field}" must not be blank.')
+    if given[-1].role != "user":
+        raise InvalidRequest('The last of "messages" must have the role "user".')
+    return tuple(Message(message.role, message.content) for message in given)
+
+
+def _check_size(messages: tuple[Message, ...], settings: Settings) -> None:
+    if sum(len(message.content) for message in messages) > settings.max_input_chars:
+        raise PayloadTooLarge(f"The messages hold more than {settings.max_input_chars} characters.")
+
+
+def _model(model: str | None, settings: Settings) -> str:
+    if model is not None and model != settings.model and model not in settings.models:
+        raise InvalidRequest('The field "model" names a model that is not offered here.')
+    return model or settings.model
+
+
+def _params(body: _Body, settings: Settings) -> dict[str, float | int]:
+    sent = {
+        name: value
+        for name in ("temperature", "top_p", "max_output_tokens")
+        if (value := getattr(body, name)) is not None
+    }
+    for name in sent:
+        if name not in settings.params:
+            raise InvalidRequest(f'The field "{name}" may not be set here.')
+    if sent.get("max_output_tokens", 0) > settings.max_output_tokens:
+        raise InvalidRequest(f'The field "max_output_tokens" may be at most {settings.max_output_tokens}.')
+    return sent
+
+
+def _context(context: dict[str, Any] | None) -> dict[str, Any]:
+    if context and len(json.dumps(context)) > CONTEXT_BYTES:
+        raise InvalidRequest(f'The field "context" may hold at most {CONTEXT_BYTES} bytes of JSON.')
+    return context or {}

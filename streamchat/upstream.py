@@ -1,0 +1,317 @@
+"""A conversation becomes events of the model's answer. The only user of the openai package; its exceptions end here.
+
+Nothing that the upstream says leaves this file but events, a status, a request id and a code word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, cast
+
+import httpx2
+import openai
+
+from .cancellation import Cancellation
+from .decoder import ChatDecoder, error_kind, public_code
+from .errors import (
+    Interrupted,
+    Overloaded,
+    SettingsError,
+    StreamChatError,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamFailure,
+    UpstreamIncomplete,
+    UpstreamMalformed,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from .events import Event
+from .loop import Loop
+from .sdk_transport import RelayedBody, SdkTransport, hold_stream, proxy_of
+from .settings import Settings
+from .transport import BODY, CURRENT, Body, FastTransport
+
+ClientFactory = Callable[[], openai.OpenAI]
+
+SPARE_CONNECTIONS = 32  # answers that are ending while the next begin
+CONCLUDE_SECONDS = 5.0  # how long the usage may take once the answer is whole
+FIRST_BACKOFF = 0.5  # seconds; doubled each attempt, as the SDK does
+LONGEST_BACKOFF = 8.0
+_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+BY_STATUS: dict[int, type[UpstreamFailure]] = {
+    401: UpstreamAuth,
+    403: UpstreamAuth,
+    408: UpstreamError,
+    409: UpstreamError,
+    429: UpstreamRateLimited,
+}
+# What lies under the SDK's connection error; the first that fits.
+BY_CAUSE: tuple[tuple[type[BaseException], type[StreamChatError]], ...] = (
+    (httpx2.PoolTimeout, Overloaded),
+    (httpx2.ConnectTimeout, UpstreamUnreachable),
+    (httpx2.TimeoutException, UpstreamTimeout),
+    (httpx2.LocalProtocolError, UpstreamAuth),  # a key that cannot stand in a header
+    (httpx2.RemoteProtocolError, UpstreamIncomplete),
+    (httpx2.ReadError, UpstreamIncomplete),
+    (httpx2.WriteError, UpstreamIncomplete),
+    (httpx2.HTTPError, UpstreamUnreachable),
+    (OSError, UpstreamUnreachable),
+    (ValueError, UpstreamAuth),  # the SDK refuses headers so
+)
+NEVER_RETRIED = (UpstreamAuth, Overloaded, UpstreamTimeout)
+
+
+@dataclass(slots=True)
+class Trail:
+    """What on-call needs to know of the upstream's side. Filled while the answer goes on."""
+
+    attempts: int = 0
+    status: int | None = None
+    request_id: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is sent: the messages as Chat Completions wants them, and the parameters."""
+
+    messages: Sequence[Any]
+    model: str
+    params: dict[str, float | int]
+
+
+class Upstream:
+    """Asks the model. One for each mounted blueprint and process; its client is made at the first answer."""
+
+    def __init__(self, settings: Settings, loop: Loop, client_factory: ClientFactory | None) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._factory = client_factory
+        self._client: openai.OpenAI | None = None
+
+    def client(self) -> openai.OpenAI:
+        """The client for one answer: the shop's factory is asked each time, in the request's own context."""
+        if self._factory is not None:
+            return self._factory()
+        if self._client is None:
+            self._client = self._make_client()
+        return self._client
+
+    def _make_client(self) -> openai.OpenAI:
+        client = openai.OpenAI(
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own want none
+            max_retries=0,
+            # A redirect would send the conversation, and be a second paid call.
+            http_client=httpx2.Client(transport=self._transport(), trust_env=False, follow_redirects=False),
+        )
+        client.default_headers  # noqa: B018  the SDK names the platform by a subprocess, once: not under an answer
+        return client
+
+    def _transport(self) -> httpx2.BaseTransport:
+        wanted, proxy = self._settings.http, proxy_of(base_url())
+        most = self._settings.max_streams + SPARE_CONNECTIONS
+        if wanted == "fast" or (wanted == "auto" and proxy is None):
+            return FastTransport(self._loop, most)
+        return SdkTransport(proxy=proxy, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=0))
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    def open(self, client: openai.OpenAI, prompt: Prompt, cancellation: Cancellation, trail: Trail) -> Reply:
+        """Asks, again where that can help, until the upstream's headers are here.
+
+        Raises the cancellation's reason, or an UpstreamFailure or Overloaded; one deadline covers all attempts.
+        """
+        until = time.monotonic() + self._settings.first_token_timeout
+        while True:
+            trail.attempts += 1
+            reply = self._ask(client, prompt, cancellation, trail, until)
+            if isinstance(reply, Reply):
+                return reply
+            cancellation.check()
+            pause = self._pause(reply, trail.attempts)
+            if pause is None or time.monotonic() + pause >= until:
+                raise reply
+            cancellation.sleep(pause)
+
+    def _pause(self, failure: StreamChatError, attempts: int) -> float | None:
+        """Seconds until the next attempt; None where there is to be none."""
+        if attempts > self._settings.max_retries or not failure.retryable or isinstance(failure, NEVER_RETRIED):
+            return None
+        backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** (attempts - 1)) * random.uniform(0.75, 1.0)
+        return max(backoff, failure.retry_after or 0)
+
+    def _ask(
+        self, client: openai.OpenAI, prompt: Prompt, cancellation: Cancellation, trail: Trail, until: float
+    ) -> Reply | StreamChatError:
+        """One attempt. What failed is returned, so that no exception of the SDK, which holds the key, is its context."""
+        token = CURRENT.set(cancellation)
+        try:
+            response = self._post(client, prompt, until)
+            return self._reply(response, cancellation, trail)
+        except StreamChatError as error:
+            failure: StreamChatError = error
+        except Exception as error:
+            failure = translate(error, trail)
+        finally:
+            CURRENT.reset(token)
+        if cancellation.error is None:
+            cancellation.drop()
+        return failure
+
+    def _post(self, client: openai.OpenAI, prompt: Prompt, until: float) -> httpx2.Response:
+        settings, left = self._settings, max(0.01, until - time.monotonic())
+        connect = min(settings.connect_timeout, left)
+        return client.post(
+            "/chat/completions",
+            body=self._body(client, prompt),
+            cast_to=httpx2.Response,
+            stream=True,
+            stream_cls=openai.Stream[Any],
+            options={
+                "headers": {"Accept": "text/event-stream", "Accept-Encoding": "identity"},
+                "timeout": httpx2.Timeout(connect=connect, read=left, write=left, pool=connect),
+                "max_retries": 0,
+            },
+        )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
+
+    def _body(self, client: openai.OpenAI, prompt: Prompt) -> dict[str, Any]:
+        params = dict(prompt.params)
+        longest = params.pop("max_output_tokens", self._settings.max_output_tokens)
+        return {
+            "model": prompt.model,
+            "messages": list(prompt.messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            _limit_name(client): longest,
+            **params,
+        }
+
+    def _reply(self, response: httpx2.Response, cancellation: Cancellation, trail: Trail) -> Reply:
+        trail.status = response.status_code
+        trail.request_id = _safe_id(response.headers)
+        body = response.extensions.get(BODY)
+        if body is None:
+            hold_stream(cancellation, response.extensions.get("network_stream"))
+            body = RelayedBody(self._loop, response, cancellation)
+        reply = Reply(cast(Body, body), cancellation, trail)
+        kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
+        if kind != "text/event-stream" or response.headers.get("content-encoding", "identity") != "identity":
+            reply.close()
+            raise UpstreamMalformed
+        return reply
+
+
+class Reply:
+    """The upstream's answer, being read. Its owner closes it, once."""
+
+    def __init__(self, body: Body, cancellation: Cancellation, trail: Trail) -> None:
+        self._body = body
+        self._cancellation = cancellation
+        self._trail = trail
+        self._decoder = ChatDecoder()
+
+    def read(self, until: float) -> list[Event] | None:
+        """Events, [] where the bytes completed none, None at the monotonic time `until`. The last one is Finish.
+
+        Raises the cancellation's reason, before anything that came after it is decoded, or an UpstreamFailure.
+        """
+        decoder = self._decoder
+        if decoder.concluding:
+            until = min(until, time.monotonic() + CONCLUDE_SECONDS)
+        try:
+            data = self._body.read(until)
+            failure = None
+        except Exception as error:
+            data, failure = b"", translate(error, self._trail)
+        if self._cancellation.error is not None:
+            raise self._cancellation.error
+        if decoder.concluding and (data is None or failure is not None):
+            return decoder.conclude()  # whole, without its usage
+        if failure is not None:
+            raise failure
+        if data is None:
+            return None
+        return self._decoded(data)
+
+    def _decoded(self, data: bytes) -> list[Event]:
+        try:
+            events = self._decoder.feed(data)
+        finally:
+            self._trail.code = self._decoder.error_code or self._trail.code
+        if self._decoder.done:
+            self._body.drain()
+        return events
+
+    def close(self) -> None:
+        self._body.close()
+
+
+def translate(error: Exception, trail: Trail) -> StreamChatError:
+    """The one place where foreign exceptions become ours. Their words are dropped."""
+    if isinstance(error, openai.APIStatusError):
+        return _from_status(error, trail)
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
+    kind = next((kind for foreign, kind in BY_CAUSE if isinstance(cause, foreign)), Interrupted)
+    if kind is UpstreamIncomplete and "not HTTP/1.1" in str(cause):
+        kind = UpstreamMalformed
+    return kind()
+
+
+def _from_status(error: openai.APIStatusError, trail: Trail) -> UpstreamFailure:
+    trail.status = error.status_code
+    trail.request_id = _safe_id(error.response.headers)
+    trail.code = public_code(error.body)
+    otherwise = BY_STATUS.get(error.status_code) or (UpstreamRejected if error.status_code < 500 else UpstreamError)
+    kind = otherwise if otherwise is UpstreamAuth else error_kind(error.body, otherwise)
+    return kind(retry_after=_retry_after(error.response.headers))
+
+
+def _retry_after(headers: httpx2.Headers) -> int | None:
+    """Seconds out of Retry-After (RFC 9110 10.2.3: a number or a date), rounded up; None where it says nothing."""
+    value = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        return max(0, min(86_400, int(-(-seconds // 1))))
+    return None
+
+
+def _safe_id(headers: httpx2.Headers) -> str | None:
+    value = headers.get("x-request-id", "")
+    return value if _SAFE_ID.fullmatch(value) else None
+
+
+def _limit_name(client: openai.OpenAI) -> str:
+    """OpenAI's newer models refuse max_tokens; other servers often know only that, and would not stop."""
+    host = client.base_url.host
+    return "max_completion_tokens" if host.endswith((".openai.com", ".azure.com")) else "max_tokens"
+
+
+def base_url() -> str:
+    """Where the SDK's own client goes."""
+    return os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+
+def check_credentials(client_factory: ClientFactory | None) -> None:
+    """Raises SettingsError where no upstream is named, or the key cannot stand in a header."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if client_factory is None and not key and not os.environ.get("OPENAI_BASE_URL"):
+        raise SettingsError(
+            "No upstream is named: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own, or pass client_factory."
+        )
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise SettingsError(
+            "OPENAI_API_KEY holds a space, a line break or a character that no key has; check where it is set."
+        )

@@ -1,0 +1,198 @@
+"""The blueprint: HTTP requests become plain values, answers become WSGI responses.
+
+The only file with `request`, `Response` and `stream_with_context`. The generator it hands out uses none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+from flask import Blueprint, Flask, Response, current_app, request, stream_with_context
+from flask.blueprints import BlueprintSetupState
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from .access import check_site, cors_headers, preflight_headers
+from .answer import Answer
+from .encoders import Encoder, JsonEncoder, choose_encoder
+from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, UnsupportedMediaType, from_abort
+from .hangup import Caller
+from .ledger import Record
+from .mount import Hooks, Mount
+from .schema import ChatRequest, parse_request
+from .upstream import ClientFactory
+
+EXTENSION = "streamchat"
+ANSWER = "streamchat.answer"  # in the WSGI environ: the answer of this request, for its teardown
+
+# Each keeps one hop from holding pieces back, or a browser from guessing (notes in docs, README "Why each line").
+STREAM_HEADERS = {
+    "X-Accel-Buffering": "no",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Encoding": "identity",
+}
+ERROR_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class StreamResponse(Response):
+    """A response that no extension may swallow whole.
+
+    `.data` in an after_request function would read the stream to its end: it raises instead. Flask-Compress would hold
+    pieces back: it leaves a response alone that names an encoding, and the name is taken off on the way out.
+    """
+
+    implicit_sequence_conversion = False
+
+    def get_wsgi_headers(self, environ: Any) -> Headers:
+        headers = super().get_wsgi_headers(environ)
+        if headers.get("Content-Encoding") == "identity":
+            del headers["Content-Encoding"]
+        return headers
+
+
+def create_blueprint(
+    name: str = EXTENSION,
+    *,
+    authorize: Callable[[Any], str | None] | None = None,
+    build_messages: Callable[[ChatRequest, str | None], Sequence[Any]] | None = None,
+    before_wait: Callable[[], None] | None = None,
+    client_factory: ClientFactory | None = None,
+    on_finish: Callable[[Record, str], None] | None = None,
+    error_text: Callable[[str, str | None], str | None] | None = None,
+    make_id: Callable[[], str] | None = None,
+    decorators: Sequence[Callable[[Any], Any]] = (),
+    **overrides: Any,
+) -> Blueprint:
+    """A blueprint with `POST /get-response` and `GET /healthz`, to be registered under any prefix.
+
+    `overrides` are settings without their prefix, such as model="gpt-4.1"; they win over app.config. Settings are
+    read when the blueprint is registered; a bad one raises SettingsError there. `decorators` wrap the answering view,
+    the first outermost.
+    """
+    hooks = Hooks(authorize, build_messages, before_wait, client_factory, on_finish, error_text, make_id)
+    blueprint = Blueprint(name, __name__)
+
+    def mount(state: BlueprintSetupState) -> None:
+        mounts = state.app.extensions.setdefault(EXTENSION, {})
+        mounts[f"{state.name_prefix}.{state.name}".lstrip(".")] = Mount(cast(Flask, state.app), hooks, overrides)
+
+    view: Callable[..., Any] = get_response
+    for decorator in reversed(decorators):
+        view = decorator(view)
+    blueprint.record(mount)
+    blueprint.add_url_rule(
+        "/get-response", "get_response", view, methods=["POST", "OPTIONS"], provide_automatic_options=False
+    )
+    blueprint.add_url_rule("/healthz", "healthz", healthz)
+    blueprint.teardown_request(_teardown)
+    return blueprint
+
+
+def _mount() -> Mount:
+    return cast(Mount, current_app.extensions[EXTENSION][request.blueprint])
+
+
+def healthz() -> Response:
+    """200 while this worker takes answers; on kept-alive connections 503 while it stops."""
+    draining = _mount().draining
+    body = {"status": "draining" if draining else "ok"}
+    return Response(json.dumps(body) + "\n", 503 if draining else 200, content_type="application/json")
+
+
+def get_response() -> Response:
+    """Answers one conversation, in the format that Accept names."""
+    mount, origin = _mount(), None
+    answer_id = mount.make_id()
+    try:
+        origin = check_site(dict(request.headers), request.host, mount.settings.origins)
+        if request.method == "OPTIONS":
+            response = Response(status=204, headers=preflight_headers(origin))
+        else:
+            response = _answered(mount, answer_id)
+    except StreamChatError as error:
+        response = problem(mount, error, answer_id)
+    except HTTPException as exception:
+        aborted = from_abort(exception)
+        if aborted is None:
+            raise
+        response = problem(mount, aborted, answer_id)
+    response.headers["X-Response-Id"] = answer_id
+    response.headers.update(cors_headers(origin))
+    return response
+
+
+def _answered(mount: Mount, answer_id: str) -> Response:
+    request.max_content_length = mount.settings.max_body_bytes  # before the hook, which may read the body too
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType
+    user = mount.user(request)
+    encoder = choose_encoder(request.headers.get("Accept"))()
+    asked = parse_request(_body(mount.settings.max_body_bytes), mount.settings)
+    caller = Caller.from_environ(request.environ)
+    answer = mount.answer(answer_id, user, asked, encoder, caller)
+    request.environ[ANSWER] = answer
+    return _streamed(answer, encoder)
+
+
+def _body(most: int) -> bytes:
+    try:
+        return request.get_data()
+    except RequestEntityTooLarge:
+        raise PayloadTooLarge(f"The body is larger than {most} bytes.") from None
+
+
+def _streamed(answer: Answer, encoder: Encoder) -> Response:
+    body = answer.stream()
+    try:
+        next(body)  # waits until the status is decided, and arms the generator's cleanup
+    except StreamChatError as error:
+        answer.close(error)
+        raise
+    except BaseException:
+        answer.close(Interrupted())
+        raise
+    response = _response(body, encoder)
+    response.call_on_close(answer.close)
+    # An after_request function may drop the response, and no close() comes: then its end is the end of the answer.
+    weakref.finalize(response, answer.close).atexit = False
+    return response
+
+
+def _response(body: Iterator[bytes], encoder: Encoder) -> Response:
+    if isinstance(encoder, JsonEncoder):
+        return Response(b"".join(body), content_type=encoder.content_type, headers=ERROR_HEADERS)
+    return StreamResponse(stream_with_context(body), content_type=encoder.content_type, headers=STREAM_HEADERS)
+
+
+def problem(mount: Mount, error: StreamChatError, request_id: str) -> Response:
+    """RFC 9457 problem details; `code` is ours, `request_id` is that of the header X-Response-Id."""
+    if isinstance(error, CallerGone):
+        Caller.from_environ(request.environ).hang_up()  # one that only half closed must see no end either
+        return Response(status=error.status)
+    document = {
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "detail": mount.error_text(error, request.accept_languages.best),
+        "code": error.code,
+        "request_id": request_id,
+    }
+    response = Response(
+        json.dumps(document) + "\n", error.status, content_type="application/problem+json", headers=ERROR_HEADERS
+    )
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 11.6.1 asks for it
+    return response
+
+
+def _teardown(exception: BaseException | None) -> None:
+    """Where an after_request function raised, the response is dropped unseen: the answer ends here."""
+    answer = request.environ.get(ANSWER)
+    if exception is not None and answer is not None:
+        answer.close(Interrupted())

@@ -1,0 +1,27 @@
+"""The app that is deployed as it is: environment variables in, one streamchat blueprint under /api out."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+
+from flask import Flask
+
+from streamchat import StreamChat
+from streamchat.settings import read_environ
+
+
+def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
+    """A Flask app configured by STREAMCHAT_..., SECRET_KEY, OPENAI_API_KEY and OPENAI_BASE_URL.
+
+    Raises SettingsError, in one sentence, for what cannot be used.
+    """
+    app = Flask(__name__)
+    app.config.update(read_environ(environ))
+    app.secret_key = environ.get("SECRET_KEY") or secrets.token_hex(32)
+    StreamChat(app)
+    return app
+
+
+app = create_app()
