@@ -5,6 +5,7 @@ A wait ends at its time without disturbing what it waits for; no wait under geve
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import threading
@@ -92,19 +93,30 @@ class ThreadLoop:
         threading.Thread(target=task, daemon=True, name="streamchat").start()
 
     def attend(self, fd: int, ready: Callable[[], None], tick: Callable[[], None]) -> Callable[[], None]:
-        stopped = threading.Event()
+        wake, woken = os.pipe()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(wake, select.POLLIN)
 
         def attendant() -> None:
-            waiter, due = self.waiter(fd), time.monotonic() + 1
-            while not stopped.is_set():
-                if waiter.readable(due):
+            due = time.monotonic() + 1
+            while wake not in (found := dict(poll.poll(max(0.0, due - time.monotonic()) * 1000))):
+                if fd in found:
                     ready()
                 if time.monotonic() >= due:
                     due += 1
                     tick()
 
-        threading.Thread(target=attendant, daemon=True, name="streamchat-attendant").start()
-        return stopped.set
+        thread = threading.Thread(target=attendant, daemon=True, name="streamchat-attendant")
+        thread.start()
+
+        def stop() -> None:
+            os.write(woken, b"x")
+            thread.join()
+            os.close(wake)
+            os.close(woken)
+
+        return stop
 
     def is_readable(self, fd: int) -> bool:
         return _PollWaiter(fd).readable(0)
