@@ -5,6 +5,8 @@
 Anything here can be overridden on gunicorn's command line.
 """
 
+from __future__ import annotations
+
 # First of all: what is imported before the patch keeps blocking sockets, and TLS to the upstream then fails.
 from gevent import monkey
 
@@ -14,6 +16,8 @@ import os  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
 from typing import Any  # noqa: E402
+
+import gevent  # noqa: E402
 
 worker_class = "gevent"
 workers = int(os.environ.get("WEB_CONCURRENCY", os.cpu_count() or 1))
@@ -28,9 +32,19 @@ OTHER_FILES = 256  # idle connections to the upstream, logs, libraries
 keepalive = 75
 
 # A worker that is told to stop has this long. Answers that cannot end by then get the error `draining` before it is over.
-graceful_timeout = int(float(os.environ.get("STREAMCHAT_GRACE") or 120))
-# The master kills when its clock ends; workers learn of the stop up to a second later, and need two to end.
-MARGIN = min(10.0, max(3.0, graceful_timeout / 4))
+try:
+    graceful_timeout = int(float(os.environ.get("STREAMCHAT_GRACE") or 120))
+except ValueError:
+    graceful_timeout = 120  # on_starting says what is wrong with the value
+# The master kills when its clock ends. A worker's own clock starts up to a second later, and it needs two to end.
+WORKER_MARGIN = 3
+# Answers are told before that: the stop is seen up to a second later, a second after it each whose time is up is told,
+# and a second later the worker sees that all are gone.
+MARGIN = min(10.0, max(WORKER_MARGIN + 3.0, graceful_timeout / 4))
+
+# A stopping worker answers one more request on each kept-alive connection, with 503, and closes those that send none
+# for so long: gunicorn's threaded worker has the same 2 s. By itself a gevent worker waits for all of `keepalive`.
+LINGER = 2.0
 
 # Recycling by request count closes the door first and waits for the longest stream: an outage, not a hygiene.
 max_requests = 0
@@ -48,7 +62,8 @@ logconfig_dict = {
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
     "loggers": {
-        "gunicorn.error": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
+        # Without a level here it is the one of --log-level.
+        "gunicorn.error": {"handlers": ["stderr"], "propagate": False},
         "gunicorn.access": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
         "streamchat": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
         "httpx2": {"level": "WARNING"},
@@ -90,7 +105,38 @@ def fit_files(server: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """Only the worker's copy: its own clock must end before the master's, or its answers die without cleanup."""
-    worker.cfg.set("graceful_timeout", max(1, int(server.cfg.graceful_timeout - MARGIN / 2)))
+    worker.cfg.set("graceful_timeout", max(1, server.cfg.graceful_timeout - WORKER_MARGIN))
+
+
+class RequestTimeout(gevent.Timeout):  # type: ignore[misc]  # gevent has no types
+    """Waits for the next request on a connection; knows all that wait."""
+
+    waiting: set[RequestTimeout] = set()
+
+    def __enter__(self) -> RequestTimeout:
+        self.greenlet = gevent.getcurrent()
+        self.waiting.add(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> Any:
+        self.waiting.discard(self)
+        return super().__exit__(*raised)
+
+    def end(self) -> None:
+        """As if its time were up. Runs in the hub, where nobody can have left since."""
+        if self in self.waiting:
+            self.greenlet.throw(self)
+
+
+def end_idle_connections(worker: Any) -> None:
+    """Runs beside the worker: once it is told to stop, connections without a request do not keep it for long."""
+    while worker.alive:
+        gevent.sleep(0.5)
+    while True:
+        gevent.sleep(LINGER)
+        for timeout in list(RequestTimeout.waiting):
+            gevent.get_hub().loop.run_callback(timeout.end)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -99,3 +145,6 @@ def post_worker_init(worker: Any) -> None:
 
     most = max(1, worker.worker_connections * ANSWERS_OF_TEN // 10)
     follow_worker(worker.wsgi, lambda: not worker.alive, most, graceful_timeout - MARGIN)
+    if hasattr(worker, "timeout_ctx"):  # the gevent worker's way to wait for a request
+        worker.timeout_ctx = lambda: RequestTimeout(worker.cfg.keepalive, False)
+        gevent.spawn(end_idle_connections, worker)

@@ -1,4 +1,4 @@
-"""Who may ask: bearer tokens, and pages of other sites. Plain values in, a user id or a refusal out. Never sees Flask."""
+"""Who may ask: bearer tokens, and pages of other sites. Plain values in, a user id or a refusal out; no Flask."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def check_site(headers: Mapping[str, str], host: str, allowed: tuple[str, ...]) 
 
 
 def _is_host(origin: str, host: str) -> bool:
-    parts = urlsplit(origin)
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
     default = DEFAULT_PORTS.get(parts.scheme, "")
     return bool(parts.netloc) and _without(parts.netloc, default) == _without(host, default)
 
@@ -74,6 +77,8 @@ def preflight_headers(origin: str | None) -> dict[str, str]:
     return cors_headers(origin) | {
         "Allow": "POST, OPTIONS",
         "Access-Control-Allow-Methods": "POST, OPTIONS",
-        "Access-Control-Allow-Headers": "Authorization, Content-Type, Accept, X-CSRFToken, Last-Event-ID, Idempotency-Key",
+        "Access-Control-Allow-Headers": (
+            "Authorization, Content-Type, Accept, X-CSRFToken, Last-Event-ID, Idempotency-Key"
+        ),
         "Access-Control-Max-Age": "600",
     }

@@ -9,33 +9,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 from .cancellation import Cancellation
 from .encoders import Encoder
 from .errors import CallerGone, Interrupted, StreamChatError, UpstreamStalled, UpstreamTimeout
-from .events import Event, Failure, Finish, Start, Usage
+from .events import Event, Failure, Start
 from .hangup import Caller
 from .ledger import Record
 from .live import Live
 from .loop import NEVER, Loop
+from .opening import Opening, Source
 from .settings import Settings
-from .upstream import Prompt, Trail
+from .tally import Tally
+from .upstream import Prompt
 
 logger = logging.getLogger("streamchat")
 
+MANY_EVENTS = 16  # in one read: the upstream is ahead, and there is more to take than one read brings
 EAGER_PIECES = 3  # the first ones are never held back to be joined with others
-NOT_SENT = ("upstream_unreachable", "overloaded")
-CHARS_A_TOKEN = 4  # OpenAI's rule of thumb for English; used only where the upstream does not count
 
 
-class Source(Protocol):
-    """Where events come from: upstream.Reply, or its Opening."""
-
-    def read(self, until: float) -> list[Event] | None: ...
-
-    def close(self) -> None: ...
+def detail_of(error: StreamChatError) -> str:
+    """Our own words for a failure."""
+    return error.detail
 
 
 @dataclass(frozen=True)
@@ -45,48 +42,7 @@ class Order:
     id: str
     user: str | None
     prompt: Prompt
-
-
-class Opening:
-    """The upstream's reply while it is being opened in a helper, so that waiting for it can end in time."""
-
-    def __init__(self, loop: Loop, open_reply: Callable[[], Source], cancellation: Cancellation) -> None:
-        self._open = open_reply
-        self._cancellation = cancellation
-        self._news = threading.Event()
-        self._lock = threading.Lock()
-        self._reply: Source | None = None
-        self._error: Exception | None = None
-        self._closed = False
-        cancellation.then(self._news.set)
-        loop.spawn(self._run)
-
-    def _run(self) -> None:
-        try:
-            reply = self._open()
-        except Exception as error:
-            self._error = error
-        else:
-            with self._lock:
-                self._reply = reply
-                if self._closed:
-                    reply.close()
-        self._news.set()
-
-    def read(self, until: float) -> list[Event] | None:
-        if self._reply is None and not self._news.wait(None if until == NEVER else max(0.0, until - time.monotonic())):
-            return None
-        self._cancellation.check()
-        if self._error is not None:
-            raise self._error
-        assert self._reply is not None
-        return self._reply.read(until)
-
-    def close(self) -> None:
-        with self._lock:
-            if not self._closed and self._reply is not None:
-                self._reply.close()
-            self._closed = True
+    words: Callable[[StreamChatError], str] = detail_of  # what the caller is told of a failure
 
 
 class Answer:
@@ -106,10 +62,9 @@ class Answer:
         self.order = order
         self.caller = caller
         self.cancellation = Cancellation()
-        self.trail = Trail()
-        self.started = time.monotonic()
+        self.tally = Tally(order.prompt.messages, keep_text=keep_text)
+        self.started = self.tally.started
         self.writing_since = 0.0
-        self._created_at = time.time()
         self._settings = settings
         self._encoder = encoder
         self._live = live
@@ -119,21 +74,18 @@ class Answer:
         self._caller_fd = caller.fileno()
         self._released = False
         self._recorded = threading.Lock()  # taken by the one who records, never given back
-        self._outcome: str | None = None
-        self._finish: Finish | None = None
         self._seq = 0
-        self._writes = 0
-        self._events = 0
+        self._reads = 0  # that brought events
         self._last_read = 0.0
-        self._first_piece: float | None = None
-        self._output_chars = 0
-        self._text: list[str] | None = [] if keep_text else None
         self._total_due = self.started + settings.total_timeout
         self._progress_due = self.started + settings.first_token_timeout
 
-    def begin(self, open_reply: Callable[[Answer], Source]) -> None:
-        """Takes a slot, watches the caller, asks the upstream. Raises Draining or Overloaded."""
+    def admit(self) -> None:
+        """Takes a slot. Raises Draining or Overloaded; from then on there is a record, whatever happens."""
         self._live.admit(self)
+
+    def begin(self, open_reply: Callable[[Answer], Source]) -> None:
+        """Watches the caller and asks the upstream."""
         self._live.hangups.watch(self._caller_fd, self._caller_left)
         self._source = Opening(self._loop, lambda: open_reply(self), self.cancellation)
 
@@ -165,9 +117,9 @@ class Answer:
             raise failure
         yield b""
         try:
-            yield from self._marked(head)
-            for piece in pieces:
-                yield from self._marked(piece)
+            yield head
+            head = b""  # a caller that reads nothing would keep it
+            yield from pieces
             return
         except StreamChatError as error:
             failure = error
@@ -188,16 +140,13 @@ class Answer:
         except Exception as error:
             return b"", self._broken(error)
 
-    def _marked(self, piece: bytes) -> Iterator[bytes]:
-        """The time stands while the server is writing, for the sweep to see."""
-        self.writing_since = time.monotonic()
-        yield piece
-        self.writing_since = 0.0
-
     def _fail(self, error: StreamChatError) -> Iterator[bytes]:
         self._end(error)
         if self._encoder.in_band and not isinstance(error, CallerGone):
-            yield from self._marked(self._encode(Failure(error.code, error.detail, error.retryable)))
+            failure = Failure(error.code, self.order.words(error), error.retryable)
+            self.writing_since = time.monotonic()
+            yield self._encode(failure)
+            self.writing_since = 0.0
         else:
             self.caller.break_off()
 
@@ -213,9 +162,9 @@ class Answer:
     def _pieces(self) -> Iterator[bytes]:
         """What is written, from when the status is decided on. Raises the StreamChatError that ends the answer."""
         encoder, settings = self._encoder, self._settings
-        pending = self._encode(Start(self.order.id, self.order.prompt.model, int(self._created_at)))
+        pending = self._encode(Start(self.order.id, self.order.prompt.model, int(self.tally.created_at)))
         decided, due = False, NEVER if encoder.patient else self.started + settings.status_hold
-        while self._finish is None:
+        while self.tally.finish is None:
             events = self._pull(due)
             if events is None:
                 decided = True
@@ -223,13 +172,15 @@ class Answer:
             else:
                 decided = decided or any(encoder.writes(event) for event in events)
                 pending += b"".join([self._encode(event) for event in events])
-            if decided and (pending or self._finish is not None):
+                events = None
+            if decided and (pending or self.tally.finish is not None):
+                self.writing_since = time.monotonic()  # for the sweep to see how long the server writes
                 yield pending
-                pending = b""
+                self.writing_since, pending = 0.0, b""
                 due = time.monotonic() + settings.heartbeat if encoder.heartbeat else NEVER
 
     def _pull(self, due: float) -> list[Event] | None:
-        """The next events; None at the monotonic time `due`. Raises UpstreamTimeout or UpstreamStalled at its limits."""
+        """The next events; None at the monotonic time `due`. Raises UpstreamTimeout or UpstreamStalled."""
         assert self._source is not None
         self._rest()
         while True:
@@ -238,54 +189,34 @@ class Answer:
             events = self._source.read(min(due, self._progress_due, self._total_due))
             now = time.monotonic()
             if events:
+                self._reads += 1
+                if len(events) >= MANY_EVENTS:
+                    self._last_read = 0.0
                 self._progress_due = now + self._settings.idle_timeout
-                self._first_piece = self._first_piece or now - self.started
+                self.tally.first_piece = self.tally.first_piece or now - self.started
                 return events
             if now >= self._progress_due:
-                raise UpstreamTimeout if self._first_piece is None else UpstreamStalled
+                raise UpstreamTimeout if self.tally.first_piece is None else UpstreamStalled
             if now >= due:
                 return None
 
     def _rest(self) -> None:
         """Joins what comes within the coalescing time: after the first pieces there is one read in it."""
-        if self._writes >= EAGER_PIECES:
+        if self._reads >= EAGER_PIECES:
             pause = self._last_read + self._settings.coalesce_ms / 1000 - time.monotonic()
             if pause > 0:
                 time.sleep(pause)
         self._last_read = time.monotonic()
-        self._writes += 1
 
     def _encode(self, event: Event) -> bytes:
-        if isinstance(event, Finish):
-            event = self._finish = self._counted(event)
-            self._outcome = "completed"
-        elif not isinstance(event, (Start, Failure)):
-            self._keep(event)
+        if not isinstance(event, (Start, Failure)):
+            event = self.tally.count(event)
         encoded = self._encoder.encode(self._seq, event)
         self._seq += 1
         return encoded
 
-    def _keep(self, event: Any) -> None:
-        text = event.arguments if event.type == "tool_call" else event.text
-        self._events += 1
-        self._output_chars += len(text)
-        if self._text is not None and event.type in ("text", "refusal"):
-            self._text.append(text)
-
-    def _counted(self, finish: Finish) -> Finish:
-        return finish if finish.usage is not None else replace(finish, usage=self._estimate())
-
-    def _estimate(self) -> Usage:
-        asked = sum(_length(message) for message in self.order.prompt.messages) if self._was_taken() else 0
-        return Usage(-(-asked // CHARS_A_TOKEN), -(-self._output_chars // CHARS_A_TOKEN), estimated=True)
-
-    def _was_taken(self) -> bool:
-        """Whether the upstream may have counted the prompt: not where it said no, or was not reached."""
-        trail = self.trail
-        return trail.attempts > 0 and trail.status in (None, 200) and self._outcome not in NOT_SENT
-
     def _end(self, error: StreamChatError) -> None:
-        self._outcome = self._outcome or error.code
+        self.tally.end(error.code)
 
     def release(self) -> None:
         """Gives back the watch, the upstream's reply and the slot. Idempotent."""
@@ -294,8 +225,8 @@ class Answer:
         self._released = True
         self._live.hangups.unwatch(self._caller_fd)
         if self._source is not None:
-            if self._finish is None:
-                self.cancellation.cancel(CallerGone())  # an opening that still runs has nobody to open for
+            if self.tally.finish is None:
+                self.cancellation.cancel(Interrupted())  # an opening that still runs has nobody to open for
             self._source.close()
         self._live.leave(self)
 
@@ -304,30 +235,5 @@ class Answer:
         self._end(error or self.cancellation.error or Interrupted())
         self.release()
         if self._recorded.acquire(blocking=False):
-            self._told(self._record(), "".join(self._text or ()))
-
-    def _record(self) -> Record:
-        usage = (self._finish and self._finish.usage) or self._estimate()
-        return Record(
-            id=self.order.id,
-            user=self.order.user,
-            model=self.order.prompt.model,
-            started=self._created_at,
-            first_piece=self._first_piece,
-            duration=time.monotonic() - self.started,
-            outcome=self._outcome or "interrupted",
-            finish_reason=self._finish.finish_reason if self._finish else None,
-            pieces=self._events,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            estimated=usage.estimated,
-            attempts=self.trail.attempts,
-            upstream_status=self.trail.status,
-            upstream_request_id=self.trail.request_id,
-            upstream_code=self.trail.code,
-        )
-
-
-def _length(message: Any) -> int:
-    content = message.get("content") if isinstance(message, dict) else None
-    return len(content) if isinstance(content, str) else 0
+            order = self.order
+            self._told(self.tally.record(order.id, order.user, order.prompt.model), self.tally.text)

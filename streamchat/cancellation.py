@@ -44,16 +44,18 @@ class Cancellation:
 
     def hold(self, fd: int) -> None:
         """Makes the upstream's descriptor known, before a byte is sent on it; shuts it down if that is too late."""
+        self._hold(fd, owned=False)
+
+    def _hold(self, fd: int, *, owned: bool) -> None:
+        self.drop()
         with self._lock:
-            self._fd = fd
+            self._fd, self._owned = fd, owned
             if self.error is not None:
                 shut_down(fd)
 
     def hold_duplicate(self, fd: int) -> None:
         """The same for a descriptor that a library closes when it likes: a duplicate cannot become another's."""
-        self.drop()
-        self.hold(os.dup(fd))
-        self._owned = True
+        self._hold(os.dup(fd), owned=True)
 
     def end_connection(self) -> None:
         """Shuts the upstream's socket down without giving a reason: its owner has read all it wants."""
@@ -64,9 +66,10 @@ class Cancellation:
     def drop(self) -> None:
         """Forgets the descriptor; to be called before it is closed or kept for the next answer."""
         with self._lock:
-            if self._owned and self._fd is not None:
-                os.close(self._fd)
+            duplicate = self._fd if self._owned else None
             self._fd, self._owned = None, False
+        if duplicate is not None:
+            open(duplicate, "rb", buffering=0).close()  # gevent's os.close may wait, also where nobody may
 
     def then(self, callback: Callable[[], None]) -> None:
         """Runs the callback on cancelling, at once if that has happened."""
@@ -87,7 +90,12 @@ class Cancellation:
 def shut_down(fd: int) -> None:
     """Ends the connection of a descriptor that somebody else owns and may be reading.
 
-    A duplicate is shut down: gevent's SSLSocket.shutdown would drop the TLS layer under its reader.
+    By a second, plain socket object: gevent's SSLSocket.shutdown would drop the TLS layer under its reader.
+    Not by a duplicate: where no descriptor is left, nothing could be ended any more.
     """
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        view = socket.socket(fileno=fd)
+        try:
+            view.shutdown(socket.SHUT_RDWR)
+        finally:
+            view.detach()

@@ -16,9 +16,9 @@ import httptools
 import httpx2
 
 from .cancellation import Cancellation
-from .loop import Loop
+from .loop import NEVER, Loop
 
-READ_BYTES = 65536
+READ_BYTES = 8192  # of one recv; what a caller that reads nothing makes us hold, with two copies of it
 HEAD_BYTES = 65536  # of the response's headers, as DESIGN's limits say
 
 
@@ -30,11 +30,12 @@ def connect(
     Raises httpx2.ConnectError or httpx2.ConnectTimeout.
     """
     failure: httpx2.TransportError = httpx2.ConnectError("no address answered")
-    for family, kind, protocol, _, address in _addresses(host, port):
+    addresses = _addresses(host, port)
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
         cancellation.check()
         connection = Connection(loop, _socket(family, kind, protocol), cancellation)
         try:
-            connection.dial(address, until)
+            connection.dial(address, _share(until, len(addresses) - number))
             cancellation.check()
             if tls is not None:
                 connection.secure(tls, host, until)
@@ -46,6 +47,12 @@ def connect(
             connection.close()
             raise
     raise failure
+
+
+def _share(until: float, addresses: int) -> float:
+    """When the first of so many addresses has used up its part: one that is silent leaves time for the next."""
+    now = time.monotonic()
+    return until if until == NEVER else now + (until - now) / addresses
 
 
 def _addresses(host: str, port: int) -> list[Any]:
@@ -108,8 +115,15 @@ class Connection:
 
     def secure(self, context: ssl.SSLContext, host: str, until: float) -> None:
         """The handshake; name, expiry and authority are the context's to check."""
-        self._sock = context.wrap_socket(self._sock, server_hostname=host, do_handshake_on_connect=False)
+        cancellation = self._cancellation
+        self.rest()  # wrap_socket closes the descriptor where it fails
+        try:
+            self._sock = context.wrap_socket(self._sock, server_hostname=host, do_handshake_on_connect=False)
+        except OSError as failure:  # it was cut meanwhile
+            raise httpx2.ConnectError(type(failure).__name__) from None
         self._tls = True
+        if cancellation is not None:
+            self.serve(cancellation)
         assert isinstance(self._sock, ssl.SSLSocket)
         self._repeat(self._sock.do_handshake, until, httpx2.ConnectError, httpx2.ConnectTimeout)
 
@@ -128,15 +142,30 @@ class Connection:
             if not self._pending() and not self._waiter.readable(until):
                 return None
             try:
-                return self._sock.recv(READ_BYTES)
+                data = self._sock.recv(READ_BYTES)
+                return self._with_more(data) if self._tls and data else data
             except (BlockingIOError, ssl.SSLWantReadError):
                 continue  # half a TLS record
             except ssl.SSLWantWriteError:
-                self._waiter.writable(until)
+                if not self._waiter.writable(until):
+                    return None
             except ssl.SSLEOFError:
                 return b""  # the end without close_notify: whether it is a cut is for the framing to say
             except OSError as error:
                 raise httpx2.ReadError(type(error).__name__) from None
+
+    def _with_more(self, data: bytes) -> bytes:
+        """One recv brings one TLS record, which may hold one piece: those that are there already come along.
+
+        An end or a failure that comes behind them is met again by the next recv.
+        """
+        assert isinstance(self._sock, ssl.SSLSocket)
+        records, size = [data], len(data)
+        with contextlib.suppress(OSError):
+            while size < READ_BYTES and (more := self._sock.recv(READ_BYTES - size)):
+                records.append(more)
+                size += len(more)
+        return b"".join(records)
 
     def _pending(self) -> bool:
         return self._tls and self._sock.pending() > 0  # type: ignore[attr-defined]
@@ -180,20 +209,31 @@ class Exchange:
         self.head_complete = False
         self.complete = False
         self.until_close = False
+        self.spoilt = False  # more came, or less went, than belongs to this exchange
+        self._keep_alive = False
         self._head_bytes = 0
         self.on_body = self.pieces.append  # before the parser, which looks its callbacks up once
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
         """Raises httpx2.RemoteProtocolError for what is not HTTP/1.1, and for a head over HEAD_BYTES."""
-        if not self.head_complete:
+        in_head = not self.head_complete
+        if in_head:
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            raise httpx2.RemoteProtocolError("not HTTP/1.1") from None
-        if not self.head_complete and self._head_bytes > HEAD_BYTES:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if not self.complete:
+                raise httpx2.RemoteProtocolError("not HTTP/1.1") from None
+            self.spoilt = True
+        if in_head and self._size_of_head() > HEAD_BYTES:
             raise httpx2.RemoteProtocolError("the response's headers are too large")
+
+    def _size_of_head(self) -> int:
+        """What was fed until the head is complete; then its headers, since some of that may be body."""
+        if not self.head_complete:
+            return self._head_bytes
+        return sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def end(self) -> None:
         """The connection ended. Raises httpx2.RemoteProtocolError where the body was to go on."""
@@ -201,8 +241,13 @@ class Exchange:
             raise httpx2.RemoteProtocolError("the connection ended before the response did")
         self.complete = True
 
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise ValueError("a second response")  # stops the parser; its body would be taken for the first one's
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
+        if not self.head_complete:  # a trailer is of no use to us
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -215,21 +260,23 @@ class Exchange:
 
     def on_message_complete(self) -> None:
         self.complete = self.head_complete
+        self._keep_alive = self._parser.should_keep_alive()  # it knows no more once this call is over
 
     def may_be_kept(self) -> bool:
-        return self.complete and not self.until_close and self._parser.should_keep_alive()
+        return self.complete and self._keep_alive and not self.until_close and not self.spoilt
 
 
 def write_head(request: httpx2.Request) -> bytes:
     """The request line and headers, as RFC 9112 writes them.
 
-    Raises httpx2.LocalProtocolError for a header that would split the head; its value is not named, it may be the key.
+    Raises httpx2.LocalProtocolError for a header that would split the head; it is not named, it may hold the key.
     """
     lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
     for name, value in request.headers.raw:
-        if any(byte in value for byte in (b"\r", b"\n", b"\0")):
-            raise httpx2.LocalProtocolError(f"the header {name.decode('latin-1')} holds a line break or NUL")
-        lines.append(b"%s: %s" % (name, value))
+        line = b"%s: %s" % (name, value)
+        if any(byte in line for byte in (b"\r", b"\n", b"\0")):
+            raise httpx2.LocalProtocolError("a header holds a line break or NUL")
+        lines.append(line)
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 

@@ -60,6 +60,9 @@ class SseDecoder:
         lines = (self._rest + data).splitlines(keepends=True)  # of bytes: CR, LF and CRLF only
         self._rest = lines.pop() if lines and lines[-1][-1:] not in b"\r\n" else b""
         for line in lines:
+            self._size += len(line)
+            if self._size > EVENT_BYTES:
+                raise UpstreamMalformed
             yield from self._line(line.rstrip(b"\r\n"))
         if self._size + len(self._rest) > EVENT_BYTES:
             raise UpstreamMalformed
@@ -75,7 +78,6 @@ class SseDecoder:
         elif line.startswith(b"data:"):
             value = line[6:] if line[5:6] == b" " else line[5:]
             self._data.append(value)
-            self._size += len(value)
         elif line.startswith(b"event:"):
             self._type = line[6:].removeprefix(b" ")
         elif line == b"data":
@@ -89,6 +91,7 @@ class ChatDecoder:
         self._sse = SseDecoder()
         self._join = SurrogateJoiner()
         self._finish_reason: str | None = None
+        self.failure: UpstreamFailure | None = None  # raised by the next call
         self._usage: Usage | None = None
         self.finished = False
         self.done = False  # [DONE] was seen: the upstream has said all
@@ -100,8 +103,22 @@ class ChatDecoder:
         return self._finish_reason is not None
 
     def feed(self, data: bytes) -> list[Event]:
-        """Events that these bytes complete; [] for none. b"" is the end of the stream."""
+        """Events that these bytes complete; [] for none. b"" is the end of the stream.
+
+        A failure that follows events in the same bytes is raised by the next call, so that a split changes nothing.
+        """
+        if self.failure is not None:
+            raise self.failure
         events: list[Event] = []
+        try:
+            self._read(data, events)
+        except UpstreamFailure as failure:
+            if not events:
+                raise
+            self.failure = failure
+        return events
+
+    def _read(self, data: bytes, events: list[Event]) -> None:
         for kind, payload in self._sse.feed(data):
             if payload.startswith(b"[DONE]"):
                 self.done = True
@@ -109,14 +126,15 @@ class ChatDecoder:
             events += self._chunk(kind, payload)
         if self.done or not data:
             events += self.conclude()
-        return events
 
     def conclude(self) -> list[Event]:
         """The end. Raises UpstreamIncomplete where no finish_reason was given: that answer was cut."""
+        if self.failure is not None:
+            raise self.failure
         if self._finish_reason is None:
             raise UpstreamIncomplete
         self.finished = True
-        rest: list[Event] = [_TEXTS[kind](text) for kind, text in self._join.rest() if kind in _TEXTS]
+        rest = [_rest(kind, text) for kind, text in self._join.rest()]
         return [*rest, Finish(self._finish_reason, self._usage)]
 
     def _chunk(self, kind: bytes, payload: bytes) -> list[Event]:
@@ -138,20 +156,20 @@ class ChatDecoder:
         return error_kind(error, UpstreamError)()
 
     def _events(self, chunk: dict[str, Any]) -> list[Event]:
-        usage = chunk.get("usage")
-        if usage:
-            self._usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+        self._usage = _usage(chunk.get("usage")) or self._usage
         for choice in chunk.get("choices") or ():
             if choice.get("index") or 0:
                 continue  # we ask for one answer; a second one is nobody's
             if choice.get("finish_reason"):
-                self._finish_reason = str(choice["finish_reason"])
+                self._finish_reason = _string(choice["finish_reason"])
             return list(self._delta(choice.get("delta") or {}))
         return []
 
     def _delta(self, delta: dict[str, Any]) -> Iterator[Event]:
         for field, kind in _FIELDS:
             value = delta.get(field)
+            if field == "reasoning" and value == delta.get("reasoning_content"):
+                continue  # vLLM sends both names for a while
             if value:
                 text = self._join.join(kind, _string(value))
                 if text:
@@ -162,7 +180,7 @@ class ChatDecoder:
     def _tool_call(self, call: dict[str, Any]) -> ToolCall:
         function, index = call.get("function") or {}, int(call.get("index") or 0)
         arguments = self._join.join(f"tool {index}", _string(function.get("arguments") or ""))
-        return ToolCall(index, call.get("id"), function.get("name"), arguments)
+        return ToolCall(index, _name(call.get("id")), _name(function.get("name")), arguments)
 
 
 _FIELDS = (
@@ -207,6 +225,25 @@ def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else _string(value)
+
+
+def _rest(kind: str, text: str) -> Event:
+    make = _TEXTS.get(kind)
+    return make(text) if make else ToolCall(int(kind.removeprefix("tool ")), None, None, text)
+
+
+def _usage(usage: Any) -> Usage | None:
+    """None where it cannot be read: an answer is not lost for its bill, which is estimated then."""
+    if not isinstance(usage, dict):
+        return None
+    sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+    if type(sent) is not int or type(received) is not int or sent < 0 or received < 0:
+        return None
+    return Usage(sent, received)
 
 
 def _names(error: Any) -> list[str]:

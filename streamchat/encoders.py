@@ -62,7 +62,7 @@ class SseEncoder(Encoder):
 
     mimetype = "text/event-stream"
     content_type = "text/event-stream; charset=utf-8"
-    heartbeat = b": keep-alive\n\n"
+    heartbeat = b": keep-alive\n"
 
     def encode(self, seq: int, event: Event) -> bytes:
         return f"id: {seq}\nevent: {event.type}\ndata: {_dumps(to_json(seq, event))}\n\n".encode("ascii")
@@ -130,7 +130,9 @@ def choose_encoder(accept: str | None) -> type[Encoder]:
     """
     if not accept or not accept.strip():
         return TextEncoder
-    best = parse_accept_header(accept, MIMEAccept).best_match(ENCODERS)
+    # Parameters do not tell our formats apart: "text/event-stream; charset=utf-8" is what we write.
+    ranges = [(value.partition(";")[0].strip(), quality) for value, quality in parse_accept_header(accept, MIMEAccept)]
+    best = MIMEAccept(ranges).best_match(ENCODERS)
     if best is None:
         raise NotAcceptable(f"The header Accept must allow one of: {', '.join(ENCODERS)}.")
     return ENCODERS[best]

@@ -47,9 +47,9 @@ def mounts_of(application: Any) -> list[Mount]:
     seen: list[int] = []
     while application is not None and id(application) not in seen:
         seen.append(id(application))
+        application = getattr(application, "__self__", application)  # a bound wsgi_app: its Flask
         if isinstance(application, Flask):
             return list(application.extensions.get(EXTENSION, {}).values())
         names = ("app", "application", "wsgi_app")
         application = next((getattr(application, name) for name in names if hasattr(application, name)), None)
-        application = getattr(application, "__self__", application)  # a bound wsgi_app: its Flask
     return []

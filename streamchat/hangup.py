@@ -46,9 +46,12 @@ class Caller:
         return -1 if self._socket is None else int(self._socket.fileno())
 
     def hang_up(self) -> None:
-        """Ends the connection under whoever is writing to it."""
-        if (fd := self.fileno()) >= 0:
-            shut_down(fd)
+        """Ends the connection under whoever is writing to it, by a reset once the server closes it.
+
+        What the caller did not read is freed at once, and no HTTP/1.0 answer, which ends at the close, looks whole.
+        """
+        self._reset_on_close()
+        self._shut_down()
 
     def break_off(self) -> None:
         """Makes the end of the answer look broken to the caller. Leaves by ConnectionResetError, but for one server.
@@ -57,13 +60,21 @@ class Caller:
         An HTTP/1.0 answer ends at the close, which would look clean: that socket is reset.
         Werkzeug's debugger turns an exception into a clean end: there the socket is shut down, and the end is normal.
         """
-        with contextlib.suppress(OSError):
-            if self._http10 and self._socket is not None:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        if self._http10:
+            self._reset_on_close()
         if self._returns and self._socket is not None:
-            self.hang_up()
+            self._shut_down()
             return
         raise ConnectionResetError(errno.ECONNRESET, "the answer was broken off")
+
+    def _shut_down(self) -> None:
+        if (fd := self.fileno()) >= 0:
+            shut_down(fd)
+
+    def _reset_on_close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 class Hangups:
@@ -83,8 +94,8 @@ class Hangups:
         if fd < 0 or self._epoll is None:
             return
         with self._lock:
-            self._watched[fd] = left
             self._epoll.register(fd, select.EPOLLRDHUP)
+            self._watched[fd] = left
 
     def unwatch(self, fd: int) -> None:
         """To be called before the descriptor is closed. Idempotent."""
@@ -100,7 +111,7 @@ class Hangups:
 
     def _ready(self) -> None:
         with self._lock:
-            for fd, _ in self._epoll.poll(0):
+            for fd, _ in () if self._epoll.closed else self._epoll.poll(0):
                 left = self._forget(fd)
                 if left is not None:
                     left()

@@ -39,6 +39,16 @@ class Record:
     upstream_code: str | None
 
 
+@dataclass(slots=True)
+class Trail:
+    """What the upstream's side left, for on-call: filled while the answer goes on. Never the upstream's words."""
+
+    attempts: int = 0
+    status: int | None = None
+    request_id: str | None = None
+    code: str | None = None
+
+
 def log_record(record: Record) -> None:
     """The one line of an answer: key=value for people, the record itself as `record.answer` for handlers."""
     line = " ".join(f"{name}={_shown(value)}" for name, value in asdict(record).items() if value is not None)
@@ -50,4 +60,4 @@ def _shown(value: object) -> str:
         return f"{value:.3f}"
     text = str(value)
     # A user id is the shop's, and may hold anything: one line stays one line, and one field one field.
-    return text if text.isprintable() and " " not in text else repr(text)
+    return text if text.isprintable() and not set(text) & set(" \"'=") else repr(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -32,25 +33,33 @@ class Live:
 
     def __init__(self, loop: Loop, most: int, write_timeout: float, total_timeout: float) -> None:
         self.most = most
-        self.draining = False
         self.hangups = Hangups(loop, self.sweep)
         self._running: set[Running] = set()
+        self._lock = threading.Lock()  # threads would count together and then all enter
         self._write_timeout = write_timeout
         self._longest = total_timeout + write_timeout + LEASE_SPARE
         self._is_stopping: Callable[[], bool] | None = None
         self._drain_seconds = 0.0
-        self._drain_at = 0.0
+        self._drain_at = 0.0  # monotonic; 0.0 until the worker is told to stop
+
+    @property
+    def draining(self) -> bool:
+        """Whether the worker has been told to stop: asked at each use, since the sweep is up to a second late."""
+        if not self._drain_at and self._is_stopping is not None and self._is_stopping():
+            self._drain_at = time.monotonic() + self._drain_seconds
+        return bool(self._drain_at)
 
     def __len__(self) -> int:
         return len(self._running)
 
     def admit(self, answer: Running) -> None:
-        """Gives the answer its slot and watches its caller. Raises Draining or Overloaded at once."""
+        """Gives the answer its slot. Raises Draining or Overloaded at once."""
         if self.draining:
             raise Draining(retry_after=RETRY_AFTER)
-        if len(self._running) >= self.most:
-            raise Overloaded(retry_after=RETRY_AFTER)
-        self._running.add(answer)
+        with self._lock:
+            if len(self._running) >= self.most:
+                raise Overloaded(retry_after=RETRY_AFTER)
+            self._running.add(answer)
 
     def leave(self, answer: Running) -> None:
         """Frees the slot. Idempotent."""
@@ -64,7 +73,7 @@ class Live:
     def sweep(self) -> None:
         """Once a second. Never waits, and raises nothing: it runs in the event loop."""
         now = time.monotonic()
-        self._look_for_the_end(now)
+        over = self.draining and now >= self._drain_at
         for answer in list(self._running):
             writing = now - answer.writing_since if answer.writing_since else 0.0
             if writing > self._write_timeout:
@@ -73,15 +82,10 @@ class Live:
             if now - answer.started > self._longest:
                 answer.cancellation.cancel(Interrupted())
                 answer.release()
-            if self.draining and now >= self._drain_at:
+            if over:
                 answer.cancellation.cancel(Draining())
                 if writing > STUCK_SECONDS:
                     answer.caller.hang_up()
-
-    def _look_for_the_end(self, now: float) -> None:
-        if not self.draining and self._is_stopping is not None and self._is_stopping():
-            self.draining = True
-            self._drain_at = now + self._drain_seconds
 
     def close(self) -> None:
         self.hangups.close()

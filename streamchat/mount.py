@@ -98,14 +98,21 @@ class Mount:
             return user_of_token(request.headers.get("Authorization"), self.settings.tokens)
         return None
 
-    def answer(self, answer_id: str, user: str | None, asked: ChatRequest, encoder: Encoder, caller: Caller) -> Answer:
+    def answer(
+        self,
+        answer_id: str,
+        user: str | None,
+        asked: ChatRequest,
+        encoder: Encoder,
+        caller: Caller,
+        locale: str | None = None,
+    ) -> Answer:
         """An answer that has its slot and is being opened. Raises Draining or Overloaded."""
         process, hooks = self.process, self.hooks
         prompt = Prompt(self._messages(asked, user), asked.model, asked.params)
         client = process.upstream.client()
-        (hooks.before_wait or self._close_database)()
         answer = Answer(
-            Order(answer_id, user, prompt),
+            Order(answer_id, user, prompt, lambda error: self.error_text(error, locale)),
             self.settings,
             encoder,
             caller,
@@ -114,8 +121,14 @@ class Mount:
             self._told,
             keep_text=hooks.on_finish is not None,
         )
-        answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.trail))
-        self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
+        answer.admit()
+        try:
+            self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
+            (hooks.before_wait or self._close_database)()  # after the receivers, which may ask a database too
+            answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.tally.trail))
+        except BaseException:
+            answer.close()
+            raise
         return answer
 
     def _messages(self, asked: ChatRequest, user: str | None) -> Sequence[Any]:
@@ -133,25 +146,32 @@ class Mount:
 
     def _told(self, record: Record, text: str) -> None:
         log_record(record)
-        self._guarded(lambda: answer_finished.send(self._app, record=record))
+        self._guarded(lambda: answer_finished.send(self._app, record=record), BaseException)
         if self.hooks.on_finish is not None:
-            self._guarded(lambda: self._on_finish(record, text))
+            self._guarded(lambda: self._on_finish(record, text), BaseException)
 
     def _on_finish(self, record: Record, text: str) -> None:
         assert self.hooks.on_finish is not None
         with self._app.app_context():
             self.hooks.on_finish(record, text)
 
-    def _guarded(self, task: Callable[[], object]) -> None:
-        """What a shop's receiver raises must not touch the answer."""
+    def _guarded(self, task: Callable[[], object], caught: type[BaseException] = Exception) -> None:
+        """What a shop's receiver raises must not touch the answer; a gevent.Timeout is no Exception."""
         try:
             task()
-        except Exception:
+        except caught as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit, *self.process.loop.killed)):
+                raise
             logger.exception("a hook of the application failed")
 
     def error_text(self, error: StreamChatError, locale: str | None) -> str:
-        hook = self.hooks.error_text
-        return (hook(error.code, locale) if hook is not None else None) or error.detail
+        """What the caller reads of a failure; ours where the hook has no words, or fails."""
+        if self.hooks.error_text is not None:
+            try:
+                return self.hooks.error_text(error.code, locale) or error.detail
+            except Exception:
+                logger.exception("a hook of the application failed")
+        return error.detail
 
     def follow(self, is_stopping: Callable[[], bool], most: int, drain_seconds: float) -> None:
         """Called by conf/gunicorn.conf.py in each worker: warms up, caps, and listens for the end."""
@@ -172,7 +192,8 @@ def check_access(settings: Settings, has_authorize: bool) -> None:
     """Raises SettingsError where anybody could spend the money without the app having said so."""
     if not has_authorize and not settings.tokens and not settings.public:
         raise SettingsError(
-            "Nobody is asked who they are: pass authorize=..., or set STREAMCHAT_TOKENS, or set STREAMCHAT_PUBLIC to true."
+            "Nobody is asked who they are: "
+            "pass authorize=..., or set STREAMCHAT_TOKENS, or set STREAMCHAT_PUBLIC to true."
         )
 
 

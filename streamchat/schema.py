@@ -137,6 +137,12 @@ def _params(body: _Body, settings: Settings) -> dict[str, float | int]:
 
 
 def _context(context: dict[str, Any] | None) -> dict[str, Any]:
-    if context and len(json.dumps(context)) > CONTEXT_BYTES:
+    if not context:
+        return {}
+    try:
+        written = json.dumps(context, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:  # NaN is not JSON, though parsers take it
+        raise InvalidRequest('The field "context" must hold JSON.') from None
+    if len(written) > CONTEXT_BYTES:
         raise InvalidRequest(f'The field "context" may hold at most {CONTEXT_BYTES} bytes of JSON.')
-    return context or {}
+    return context

@@ -9,38 +9,47 @@ import contextlib
 import queue
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx2
 
 from .cancellation import Cancellation
 from .loop import NEVER, Loop
-from .transport import CURRENT
+from .transport import BODY, CURRENT, error_body
 
 
-class RelayedBody:
+class RelayedBody(httpx2.SyncByteStream):
     """A body of any other transport, read in a helper and handed over piece by piece, so that reads can time out."""
 
-    def __init__(self, loop: Loop, response: httpx2.Response, cancellation: Cancellation) -> None:
+    def __init__(
+        self, loop: Loop, request: httpx2.Request, response: httpx2.Response, cancellation: Cancellation
+    ) -> None:
         self._response = response
-        self._cancellation = cancellation
         self._pieces: queue.Queue[bytes | Exception] = queue.Queue(maxsize=4)  # a slow caller slows the upstream
         self._end: bytes | Exception | None = None
         self._closed = False
+        # Of its own, so that the helper can drop it late: by then the answer may hold another connection.
+        self._connection = Cancellation()
+        # httpx2 looks when it begins to read. The limits of `read` are the caller's; this one breaks the stream.
+        request.extensions.get("timeout", {})["read"] = None
+        hold_stream(self._connection, response)
+        cancellation.then(self.close)
+        cancellation.drop()
         loop.spawn(self._pull)
 
     def _pull(self) -> None:
         last: bytes | Exception = b""
         try:
-            for piece in self._response.iter_raw():
+            for piece in cast(httpx2.SyncByteStream, self._response.stream):
                 if piece:
                     self._put(piece)
         except Exception as error:
             last = error
         finally:
+            self._connection.drop()  # first: a closed response's connection may be the next one's at once
             self._response.close()
-            self._cancellation.drop()
             self._put(last)
 
     def _put(self, piece: bytes | Exception) -> None:
@@ -62,23 +71,37 @@ class RelayedBody:
             raise self._end
         return b""
 
+    def __iter__(self) -> Iterator[bytes]:
+        return error_body(self)
+
     def drain(self) -> None:
         """Its connections are not kept."""
 
     def close(self) -> None:
-        """The helper closes the response; the shutdown wakes it where it waits for more."""
+        """The helper closes the response; the shutdown wakes it where it waits for more. Never waits."""
         self._closed = True
-        self._cancellation.end_connection()
+        self._connection.end_connection()
+        with contextlib.suppress(queue.Empty):  # and free places where it waits for one
+            while True:
+                self._pieces.get_nowait()
+        with contextlib.suppress(queue.Full):  # the reader too
+            self._pieces.put_nowait(b"")
 
 
 class SdkTransport(httpx2.HTTPTransport):
     """httpx2's own HTTP, for proxies; every socket is made known before a byte is sent on it."""
 
+    def __init__(self, loop: Loop, most: int, proxy: str | None) -> None:
+        # A connection is made known when it is made: none is used twice.
+        super().__init__(proxy=proxy, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=0))
+        self._loop = loop
+
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        cancellation = CURRENT.get(None)
-        if cancellation is not None:
-            request.extensions = {**request.extensions, "trace": _Trace(cancellation)}
-        return super().handle_request(request)
+        cancellation = CURRENT.get(None) or Cancellation()
+        request.extensions = {**request.extensions, "trace": _Trace(cancellation)}
+        response = super().handle_request(request)
+        body = RelayedBody(self._loop, request, response, cancellation)
+        return httpx2.Response(response.status_code, headers=response.headers, stream=body, extensions={BODY: body})
 
 
 class _Trace:
@@ -89,11 +112,19 @@ class _Trace:
 
     def __call__(self, name: str, info: dict[str, Any]) -> None:
         if name.endswith("connect_tcp.complete"):
-            hold_stream(self._cancellation, info["return_value"])
+            _hold(self._cancellation, info["return_value"])
 
 
-def hold_stream(cancellation: Cancellation, stream: Any) -> None:
-    """Makes the socket of an httpcore2 network stream known to a cancellation, where it has one."""
+def hold_stream(cancellation: Cancellation, response: httpx2.Response) -> None:
+    """Makes the socket under a response known to a cancellation, where it has one."""
+    try:
+        _hold(cancellation, response.extensions.get("network_stream"))
+    except OSError:  # no descriptor left
+        response.close()
+        raise
+
+
+def _hold(cancellation: Cancellation, stream: Any) -> None:
     sock = stream.get_extra_info("socket") if stream is not None else None
     if sock is not None:
         cancellation.hold_duplicate(sock.fileno())
@@ -104,4 +135,6 @@ def proxy_of(url: str) -> str | None:
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return None if not proxy or urllib.request.proxy_bypass(parts.hostname or "") else proxy
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"  # curl and others take a bare host and port

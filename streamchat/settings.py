@@ -35,7 +35,9 @@ def _name(value: Any) -> str:
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
         raise ValueError('must be a list of names, such as ["a", "b"]')
-    return tuple(_name(item) for item in value)
+    if not all(isinstance(item, str) and item.strip() for item in value):
+        raise ValueError('must be a list of names that are not empty, such as ["a", "b"]')
+    return tuple(item.strip() for item in value)
 
 
 def _flag(value: Any) -> bool:
@@ -96,13 +98,22 @@ def _list(value: Any) -> list[Any]:
 
 
 def _origins(value: Any) -> tuple[str, ...]:
-    return tuple(_origin(item) for item in _names(value))
+    try:
+        return tuple(_origin(item) for item in _names(value))
+    except ValueError:  # urlsplit's too
+        raise ValueError(
+            'must be a list of origins, such as ["https://shop.example"], without path or final slash'
+        ) from None
 
 
 def _origin(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.netloc or value != f"{parts.scheme}://{parts.netloc}":
-        raise ValueError('must be a list of origins, such as ["https://shop.example"], without path or final slash')
+    parts = urlsplit(value.lower())
+    port = "" if parts.port is None else f":{parts.port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+    if parts.scheme not in ("http", "https") or not host or set(host) & set(" *@"):
+        raise ValueError
+    if value.lower() != f"{parts.scheme}://{host}{port}":
+        raise ValueError
     return value.lower()
 
 
@@ -194,7 +205,7 @@ def _from_variable(name: str, value: str) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = "its value" if setting.metadata["secret"] else repr(value)
         raise SettingsError(f"{name} must be JSON, such as {_example(setting.default)}, not {shown}.") from None
 

@@ -24,6 +24,7 @@ ERROR_BYTES = 65536  # of the body of an error: enough for any error object
 ERROR_SECONDS = 2.0
 KEEP_SECONDS = 60.0  # an idle connection; one that the upstream closed sooner is seen and dropped
 DRAIN_SECONDS = 0.05  # how long the end of a body may take after [DONE], so that its connection can be kept
+DRAIN_STEP = 0.002  # asked so often: a wait of the loop's may end later than the whole time is long
 
 # Who may end the request that this greenlet or thread is about to send: the SDK passes nothing of ours on.
 CURRENT: ContextVar[Cancellation] = ContextVar("streamchat_cancellation")
@@ -70,7 +71,10 @@ class FastTransport(httpx2.BaseTransport):
         exchange = Exchange()
         try:
             until = monotonic_in(timeout.get("read"))
-            connection.send(head + content, until)
+            try:
+                connection.send(head + content, until)
+            except httpx2.WriteError:
+                exchange.spoilt = True  # an upstream that says no may do so, and close, before it has read all
             while not exchange.head_complete:
                 _advance(connection, exchange, until, late=httpx2.ReadTimeout("no response in time"))
         except BaseException:
@@ -114,8 +118,12 @@ class FastTransport(httpx2.BaseTransport):
             connection.close()
             return
         connection.rest()
-        connection.idle_since = time.monotonic()
-        self._idle.setdefault(key, []).append(connection)
+        connection.idle_since = now = time.monotonic()
+        idle = self._idle.setdefault(key, [])
+        idle.append(connection)
+        with contextlib.suppress(IndexError):  # another thread was faster
+            while now - idle[0].idle_since > KEEP_SECONDS:  # left over from a busier time
+                idle.pop(0).close()
 
     def _enter(self) -> None:
         with self._lock:
@@ -152,6 +160,18 @@ def _advance(connection: Connection, exchange: Exchange, until: float, late: Exc
     return True
 
 
+def error_body(body: Body) -> Iterator[bytes]:
+    """For the SDK, which reads the bodies of errors whole: at most ERROR_BYTES in ERROR_SECONDS.
+
+    Where it is cut there, or by the upstream, the status says enough.
+    """
+    left, until = ERROR_BYTES, time.monotonic() + ERROR_SECONDS
+    with contextlib.suppress(httpx2.TransportError):
+        while left > 0 and (data := body.read(until)):
+            yield data[:left]
+            left -= len(data)
+
+
 class FastBody(httpx2.SyncByteStream):
     """The body of a response of FastTransport."""
 
@@ -171,22 +191,22 @@ class FastBody(httpx2.SyncByteStream):
                 return b""
             if not _advance(self._connection, exchange, until):
                 return None
+            if not exchange.pieces and time.monotonic() >= until:
+                return None  # bytes without a body could go on for ever
         data = exchange.pieces[0] if len(exchange.pieces) == 1 else b"".join(exchange.pieces)
         exchange.pieces.clear()
         return data
 
     def __iter__(self) -> Iterator[bytes]:
-        """For the SDK, which reads the bodies of errors whole: at most ERROR_BYTES in ERROR_SECONDS."""
-        left, until = ERROR_BYTES, time.monotonic() + ERROR_SECONDS
-        while left > 0 and (data := self.read(until)):
-            yield data[:left]
-            left -= len(data)
+        return error_body(self)
 
     def drain(self) -> None:
         """Reads the end of a body that has said all, for a short time: only then can its connection be kept."""
         until = time.monotonic() + DRAIN_SECONDS
         with contextlib.suppress(httpx2.TransportError):
-            while not self._exchange.complete and _advance(self._connection, self._exchange, until):
+            while not self._exchange.complete and time.monotonic() < until:
+                if not _advance(self._connection, self._exchange, until=0):
+                    time.sleep(DRAIN_STEP)
                 self._exchange.pieces.clear()
 
     def close(self) -> None:

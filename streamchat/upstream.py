@@ -9,11 +9,12 @@ import contextlib
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, cast
+from typing import Any
 
 import httpx2
 import openai
@@ -36,8 +37,9 @@ from .errors import (
     UpstreamUnreachable,
 )
 from .events import Event
+from .ledger import Trail
 from .loop import Loop
-from .sdk_transport import RelayedBody, SdkTransport, hold_stream, proxy_of
+from .sdk_transport import RelayedBody, SdkTransport, proxy_of
 from .settings import Settings
 from .transport import BODY, CURRENT, Body, FastTransport
 
@@ -69,17 +71,9 @@ BY_CAUSE: tuple[tuple[type[BaseException], type[StreamChatError]], ...] = (
     (OSError, UpstreamUnreachable),
     (ValueError, UpstreamAuth),  # the SDK refuses headers so
 )
-NEVER_RETRIED = (UpstreamAuth, Overloaded, UpstreamTimeout)
-
-
-@dataclass(slots=True)
-class Trail:
-    """What on-call needs to know of the upstream's side. Filled while the answer goes on."""
-
-    attempts: int = 0
-    status: int | None = None
-    request_id: str | None = None
-    code: str | None = None
+# A malformed answer was made and paid for: the next one would be like it.
+NEVER_RETRIED = (UpstreamAuth, Overloaded, UpstreamTimeout, UpstreamMalformed, Interrupted)
+_CUT = re.compile("ended|clos|disconnect")  # how h11, httpcore2 and we word a connection that ended too soon
 
 
 @dataclass(frozen=True)
@@ -99,21 +93,21 @@ class Upstream:
         self._loop = loop
         self._factory = client_factory
         self._client: openai.OpenAI | None = None
+        self._making = threading.Lock()
 
     def client(self) -> openai.OpenAI:
         """The client for one answer: the shop's factory is asked each time, in the request's own context."""
         if self._factory is not None:
             return self._factory()
-        if self._client is None:
-            self._client = self._make_client()
+        with self._making:  # it waits for a subprocess; two clients would be two pools
+            self._client = self._client or self._make_client()
         return self._client
 
     def _make_client(self) -> openai.OpenAI:
         client = openai.OpenAI(
             api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own want none
             max_retries=0,
-            # A redirect would send the conversation, and be a second paid call.
-            http_client=httpx2.Client(transport=self._transport(), trust_env=False, follow_redirects=False),
+            http_client=httpx2.Client(transport=self._transport(), trust_env=False),
         )
         client.default_headers  # noqa: B018  the SDK names the platform by a subprocess, once: not under an answer
         return client
@@ -123,7 +117,7 @@ class Upstream:
         most = self._settings.max_streams + SPARE_CONNECTIONS
         if wanted == "fast" or (wanted == "auto" and proxy is None):
             return FastTransport(self._loop, most)
-        return SdkTransport(proxy=proxy, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=0))
+        return SdkTransport(self._loop, most, proxy)
 
     def close(self) -> None:
         if self._client is not None:
@@ -167,8 +161,7 @@ class Upstream:
             failure = translate(error, trail)
         finally:
             CURRENT.reset(token)
-        if cancellation.error is None:
-            cancellation.drop()
+        cancellation.drop()
         return failure
 
     def _post(self, client: openai.OpenAI, prompt: Prompt, until: float) -> httpx2.Response:
@@ -184,6 +177,7 @@ class Upstream:
                 "headers": {"Accept": "text/event-stream", "Accept-Encoding": "identity"},
                 "timeout": httpx2.Timeout(connect=connect, read=left, write=left, pool=connect),
                 "max_retries": 0,
+                "follow_redirects": False,  # that would send the conversation elsewhere, and be a second paid call
             },
         )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
 
@@ -202,11 +196,8 @@ class Upstream:
     def _reply(self, response: httpx2.Response, cancellation: Cancellation, trail: Trail) -> Reply:
         trail.status = response.status_code
         trail.request_id = _safe_id(response.headers)
-        body = response.extensions.get(BODY)
-        if body is None:
-            hold_stream(cancellation, response.extensions.get("network_stream"))
-            body = RelayedBody(self._loop, response, cancellation)
-        reply = Reply(cast(Body, body), cancellation, trail)
+        body: Body | None = response.extensions.get(BODY)
+        reply = Reply(body or RelayedBody(self._loop, response.request, response, cancellation), cancellation, trail)
         kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
         if kind != "text/event-stream" or response.headers.get("content-encoding", "identity") != "identity":
             reply.close()
@@ -222,40 +213,46 @@ class Reply:
         self._cancellation = cancellation
         self._trail = trail
         self._decoder = ChatDecoder()
+        self._conclude_by: float | None = None
 
     def read(self, until: float) -> list[Event] | None:
         """Events, [] where the bytes completed none, None at the monotonic time `until`. The last one is Finish.
 
         Raises the cancellation's reason, before anything that came after it is decoded, or an UpstreamFailure.
         """
-        decoder = self._decoder
-        if decoder.concluding:
-            until = min(until, time.monotonic() + CONCLUDE_SECONDS)
+        if self._decoder.failure is not None:  # it stood behind the events of the last read: no waiting for more
+            raise self._decoder.failure
+        concluding = self._decoder.concluding
         try:
-            data = self._body.read(until)
+            data = self._body.read(min(until, self._usage_due()) if concluding else until)
             failure = None
         except Exception as error:
             data, failure = b"", translate(error, self._trail)
         if self._cancellation.error is not None:
             raise self._cancellation.error
-        if decoder.concluding and (data is None or failure is not None):
-            return decoder.conclude()  # whole, without its usage
+        if concluding and (failure is not None or time.monotonic() >= self._usage_due()):
+            return self._decoder.conclude()  # whole, without its usage
         if failure is not None:
             raise failure
-        if data is None:
-            return None
-        return self._decoded(data)
+        return None if data is None else self._decoded(data)
+
+    def _usage_due(self) -> float:
+        """Counted from when the answer is whole, whatever comes after that."""
+        if self._conclude_by is None:
+            self._conclude_by = time.monotonic() + CONCLUDE_SECONDS
+        return self._conclude_by
 
     def _decoded(self, data: bytes) -> list[Event]:
         try:
-            events = self._decoder.feed(data)
-        finally:
+            return self._decoder.feed(data)
+        except StreamChatError as failure:
             self._trail.code = self._decoder.error_code or self._trail.code
-        if self._decoder.done:
-            self._body.drain()
-        return events
+            failure.__context__ = None  # what lies under it may quote the upstream
+            raise
 
     def close(self) -> None:
+        if self._decoder.done:  # the caller has read all by now: waiting for the body's end holds nothing up
+            self._body.drain()
         self._body.close()
 
 
@@ -265,7 +262,7 @@ def translate(error: Exception, trail: Trail) -> StreamChatError:
         return _from_status(error, trail)
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
     kind = next((kind for foreign, kind in BY_CAUSE if isinstance(cause, foreign)), Interrupted)
-    if kind is UpstreamIncomplete and "not HTTP/1.1" in str(cause):
+    if isinstance(cause, httpx2.RemoteProtocolError) and not _CUT.search(str(cause)):
         kind = UpstreamMalformed
     return kind()
 

@@ -26,7 +26,9 @@ from .schema import ChatRequest, parse_request
 from .upstream import ClientFactory
 
 EXTENSION = "streamchat"
-ANSWER = "streamchat.answer"  # in the WSGI environ: the answer of this request, for its teardown
+# In the WSGI environ: the answer of this request, for its teardown; headers that each response of this request has.
+ANSWER = "streamchat.answer"
+HEADERS = "streamchat.headers"
 
 # Each keeps one hop from holding pieces back, or a browser from guessing (notes in docs, README "Why each line").
 STREAM_HEADERS = {
@@ -88,6 +90,7 @@ def create_blueprint(
         "/get-response", "get_response", view, methods=["POST", "OPTIONS"], provide_automatic_options=False
     )
     blueprint.add_url_rule("/healthz", "healthz", healthz)
+    blueprint.after_request(_identify)
     blueprint.teardown_request(_teardown)
     return blueprint
 
@@ -105,44 +108,60 @@ def healthz() -> Response:
 
 def get_response() -> Response:
     """Answers one conversation, in the format that Accept names."""
-    mount, origin = _mount(), None
+    mount = _mount()
     answer_id = mount.make_id()
+    headers = request.environ[HEADERS] = {"X-Response-Id": answer_id}
     try:
         origin = check_site(dict(request.headers), request.host, mount.settings.origins)
-        if request.method == "OPTIONS":
-            response = Response(status=204, headers=preflight_headers(origin))
-        else:
-            response = _answered(mount, answer_id)
+        headers.update(cors_headers(origin))
+        return _preflight(origin) if request.method == "OPTIONS" else _answered(mount, answer_id)
     except StreamChatError as error:
-        response = problem(mount, error, answer_id)
+        return problem(mount, error, answer_id)
     except HTTPException as exception:
         aborted = from_abort(exception)
         if aborted is None:
             raise
-        response = problem(mount, aborted, answer_id)
-    response.headers["X-Response-Id"] = answer_id
-    response.headers.update(cors_headers(origin))
+        return problem(mount, aborted, answer_id)
+
+
+def _preflight(origin: str | None) -> Response:
+    response = Response(status=204, headers=preflight_headers(origin))
+    del response.headers["Content-Type"]  # of nothing: WSGI forbids it
+    return response
+
+
+def _identify(response: Response) -> Response:
+    """Every response has an id: the shop's own pages for an abort or a bug too."""
+    response.headers.update(request.environ.get(HEADERS) or {"X-Response-Id": _mount().make_id()})
     return response
 
 
 def _answered(mount: Mount, answer_id: str) -> Response:
-    request.max_content_length = mount.settings.max_body_bytes  # before the hook, which may read the body too
+    # Before the hook, which may read the body too. Werkzeug cuts a chunked body off at its limit and says nothing.
+    request.max_content_length = mount.settings.max_body_bytes + 1
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
     user = mount.user(request)
     encoder = choose_encoder(request.headers.get("Accept"))()
     asked = parse_request(_body(mount.settings.max_body_bytes), mount.settings)
     caller = Caller.from_environ(request.environ)
-    answer = mount.answer(answer_id, user, asked, encoder, caller)
+    answer = mount.answer(answer_id, user, asked, encoder, caller, request.accept_languages.best)
     request.environ[ANSWER] = answer
     return _streamed(answer, encoder)
 
 
 def _body(most: int) -> bytes:
+    """Also where the application has opened the body before, with a limit of its own or none."""
+    error = PayloadTooLarge(f"The body is larger than {most} bytes.")
+    if (request.content_length or 0) > most:
+        raise error
     try:
-        return request.get_data()
+        body = request.get_data()
     except RequestEntityTooLarge:
-        raise PayloadTooLarge(f"The body is larger than {most} bytes.") from None
+        raise error from None
+    if len(body) > most:
+        raise error
+    return body
 
 
 def _streamed(answer: Answer, encoder: Encoder) -> Response:

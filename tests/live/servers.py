@@ -110,11 +110,18 @@ def gunicorn(
     *arguments: str,
     app: str = "wsgi:app",
     extra: Mapping[str, str] | None = None,
+    files: str = "",
     **settings: str,
 ) -> Iterator[Server]:
-    """One worker, unless `arguments` say otherwise: `gunicorn(url, tmp_path, "-k", "gthread", "--threads", "20")`."""
+    """One worker, unless `arguments` say otherwise: `gunicorn(url, tmp_path, "-k", "gthread", "--threads", "20")`.
+
+    `files`: the soft and the hard limit of open files under which it starts, "256 4096".
+    """
     port = free_port()
     command = [sys.executable, "-m", "gunicorn", "-c", "conf/gunicorn.conf.py", "-b", f"127.0.0.1:{port}", "-w", "1"]
+    if files:
+        limited = 'ulimit -Sn "$0" && ulimit -Hn "$1" && shift && exec "$@"'
+        command = ["sh", "-c", limited, *files.split(), *command]
     environ = environment(base_url, **settings) | dict(extra or {})
     with running([*command, *arguments, app], port, folder, environ, "gunicorn") as server:
         wait_for(lambda: bool(server.workers()), what="a worker")

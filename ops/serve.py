@@ -1,0 +1,149 @@
+"""`./serve`: this checkout as a running server, with a local model where no other is named, and nginx where wanted."""
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ops import local_model, nginx_conf
+from ops.environment import EnvironmentFailure, ensure
+from ops.services import ServiceFailure, Services, on_stop_signals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HELP = f"""Starts streamchat on this machine and for this machine: it listens on 127.0.0.1 only.
+
+The first start makes .venv from requirements.txt. With neither OPENAI_API_KEY nor OPENAI_BASE_URL set it also
+makes .venv-local and lets a small model answer that runs here ({local_model.NAME}, a download of 122 MB).
+Every STREAMCHAT_... variable is passed on; without STREAMCHAT_TOKENS, STREAMCHAT_PUBLIC is set to true.
+Ctrl-C stops everything that was started; a second one does not wait for running answers."""
+
+
+class PortTaken(Exception):
+    """Another process listens where it was asked to."""
+
+
+class NginxMissing(Exception):
+    """--nginx, and there is none."""
+
+
+def main() -> None:
+    options = _options()
+    on_stop_signals(signal.default_int_handler)
+    try:
+        _serve(options)
+    except (EnvironmentFailure, ServiceFailure, PortTaken, NginxMissing) as failure:
+        sys.exit(f"serve: {failure}")
+    except KeyboardInterrupt:
+        print("serve: stopped.")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./serve", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, help="gunicorn's port (default: 8000, or the next free one)")
+    parser.add_argument("--nginx", action="store_true", help="put nginx with conf/nginx.conf in front of gunicorn")
+    parser.add_argument("--nginx-port", type=int, help="nginx's port (default: 8080, or the next free one)")
+    return parser.parse_args()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    nginx = find_nginx() if options.nginx else None
+    port = choose_port(options.port, 8000)
+    front = choose_port(options.nginx_port, 8080) if nginx else port
+    python = ensure(ROOT / ".venv", ROOT / "requirements.txt")
+    with Services(ROOT) as services:
+        environment = _environment(services)
+        if nginx:
+            _start_nginx(services, nginx, front, port)
+        server = ["-m", "gunicorn", "-c", "conf/gunicorn.conf.py", "-b", f"127.0.0.1:{port}", "wsgi:app"]
+        services.start("gunicorn", [str(python), *server], environment)
+        services.wait_until_healthy("gunicorn", port)
+        if nginx:
+            services.wait_until_healthy("nginx", front)
+        print(_welcome(front, environment), flush=True)
+        services.watch()
+
+
+def _environment(services: Services) -> dict[str, str]:
+    """gunicorn's: ours, and what a start on one's own machine needs beside it."""
+    environment = dict(os.environ)
+    if not environment.get("STREAMCHAT_TOKENS"):
+        environment.setdefault("STREAMCHAT_PUBLIC", "true")
+    # Whoever presses Ctrl-C waits for it; behind a load balancer two minutes are better, which is the default.
+    environment.setdefault("STREAMCHAT_GRACE", "10")
+    if not (environment.get("OPENAI_API_KEY") or environment.get("OPENAI_BASE_URL")):
+        environment |= _start_local_model(services)
+    return environment
+
+
+def _start_local_model(services: Services) -> dict[str, str]:
+    """What the environment says of a model that runs here; first it is started."""
+    python = ensure(ROOT / ".venv-local", ROOT / "requirements-local.txt", with_dependencies=False)
+    key = {"OPENAI_API_KEY": secrets.token_hex(16)}
+    model = services.start(
+        "the local model", [str(python), str(ROOT / "ops" / "local_model.py")], os.environ | key, piped=True
+    )
+    ours = key | {"OPENAI_BASE_URL": f"{model.first_line()}/v1", "STREAMCHAT_MODEL": local_model.NAME}
+    # A proxy that the machine has for the rest of the world does not reach this address.
+    no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"]))
+    # It seldom finds an end by itself.
+    tokens = os.environ.get("STREAMCHAT_MAX_OUTPUT_TOKENS") or "512"
+    return ours | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "STREAMCHAT_MAX_OUTPUT_TOKENS": tokens}
+
+
+def find_nginx() -> str:
+    # Debian keeps it where only root's PATH leads.
+    found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise NginxMissing("There is no nginx on this machine: install Debian's package nginx.")
+    return found
+
+
+def _start_nginx(services: Services, nginx: str, front: int, port: int) -> None:
+    copy = nginx_conf.write_copy(
+        ROOT / ".serve" / f"nginx-{front}", listen=f"127.0.0.1:{front}", upstream=f"127.0.0.1:{port}"
+    )
+    services.start("nginx", nginx_conf.command(nginx, copy), os.environ)
+
+
+def choose_port(wanted: int | None, default: int) -> int:
+    if wanted is not None:
+        if not _is_free(wanted):
+            raise PortTaken(f"Port {wanted} is taken by another process.")
+        return wanted
+    for port in range(default, default + 100):
+        if _is_free(port):
+            return port
+    raise PortTaken(f"The ports {default} to {default + 99} are all taken: name one with --port or --nginx-port.")
+
+
+def _is_free(port: int) -> bool:
+    """Binds as gunicorn and nginx do: a port that only waits for old connections to fade is free to them."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _welcome(port: int, environment: Mapping[str, str]) -> str:
+    address = f"http://127.0.0.1:{port}"
+    local = environment.get("STREAMCHAT_MODEL") == local_model.NAME
+    model = f"{local_model.NAME}, on this machine; set OPENAI_API_KEY for OpenAI's" if local else "the one you have set"
+    token = " -H 'Authorization: Bearer <token>'" if environment.get("STREAMCHAT_TOKENS") else ""
+    body = """-d '{"message": "Tell me a story about the sea."}'"""
+    return f"""
+streamchat listens on {address}
+model: {model}
+ask:   curl -N {address}/api/get-response{token} -H 'Content-Type: application/json' {body}
+stop:  Ctrl-C
+"""

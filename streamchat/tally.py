@@ -1,0 +1,86 @@
+"""What an answer has come to so far: pieces, text, tokens, outcome. Becomes its one record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from .events import Event, Finish, ToolCall, Usage
+from .ledger import Record, Trail
+
+CHARS_A_TOKEN = 4  # OpenAI's rule of thumb for English; used only where the upstream does not count
+NOT_SENT = ("upstream_unreachable", "overloaded")
+
+
+class Tally:
+    """Counts while the answer goes on. `text` is kept only where somebody will read it."""
+
+    def __init__(self, messages: Sequence[Any], *, keep_text: bool) -> None:
+        self.started = time.monotonic()
+        self.created_at = time.time()
+        self.trail = Trail()
+        self.first_piece: float | None = None  # seconds after the start
+        self.finish: Finish | None = None
+        self.outcome: str | None = None
+        self._messages = messages
+        self._pieces = 0
+        self._chars = 0
+        self._text: list[str] | None = [] if keep_text else None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text or ())
+
+    def count(self, event: Event) -> Event:
+        """The event as it is to be told: a Finish has its usage, estimated where the upstream did not count."""
+        if isinstance(event, Finish):
+            self.outcome = "completed"
+            self.finish = event if event.usage is not None else replace(event, usage=self._estimate())
+            return self.finish
+        text = event.arguments if isinstance(event, ToolCall) else event.text  # type: ignore[union-attr]
+        self._pieces += 1
+        self._chars += len(text)
+        if self._text is not None and event.type in ("text", "refusal"):
+            self._text.append(text)
+        return event
+
+    def end(self, outcome: str) -> None:
+        """The first end counts."""
+        self.outcome = self.outcome or outcome
+
+    def _estimate(self) -> Usage:
+        asked = sum(_length(message) for message in self._messages) if self._was_taken() else 0
+        return Usage(-(-asked // CHARS_A_TOKEN), -(-self._chars // CHARS_A_TOKEN), estimated=True)
+
+    def _was_taken(self) -> bool:
+        """Whether the upstream may have counted the prompt: not where it said no, or was not reached."""
+        trail = self.trail
+        return trail.attempts > 0 and trail.status in (None, 200) and self.outcome not in NOT_SENT
+
+    def record(self, id: str, user: str | None, model: str) -> Record:
+        usage = (self.finish and self.finish.usage) or self._estimate()
+        return Record(
+            id=id,
+            user=user,
+            model=model,
+            started=self.created_at,
+            first_piece=self.first_piece,
+            duration=time.monotonic() - self.started,
+            outcome=self.outcome or "interrupted",
+            finish_reason=self.finish.finish_reason if self.finish else None,
+            pieces=self._pieces,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            estimated=usage.estimated,
+            attempts=self.trail.attempts,
+            upstream_status=self.trail.status,
+            upstream_request_id=self.trail.request_id,
+            upstream_code=self.trail.code,
+        )
+
+
+def _length(message: Any) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return len(content) if isinstance(content, str) else 0

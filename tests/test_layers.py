@@ -1,0 +1,167 @@
+"""The table of layers against the code: imports go down only, and each foreign library has its one place."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "streamchat"
+MODULE_LINES = 299
+FUNCTION_LINES = 60
+
+
+@dataclass(frozen=True)
+class Layer:
+    level: int
+    own: str = ""
+    foreign: str = ""
+
+
+# A module may import modules that stand above it. Own and foreign imports are exact, not an upper bound.
+LAYERS = {
+    "errors": Layer(0, foreign="werkzeug"),
+    "events": Layer(0),
+    "loop": Layer(0, foreign="gevent"),
+    "settings": Layer(1, "errors"),
+    "schema": Layer(1, "errors settings", "pydantic"),
+    "encoders": Layer(1, "errors events", "werkzeug"),
+    "decoder": Layer(1, "errors events"),
+    "access": Layer(1, "errors"),
+    "cancellation": Layer(1, "errors"),
+    "ledger": Layer(1, foreign="blinker"),
+    "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
+    "transport": Layer(1, "cancellation connection loop", "httpx2"),
+    "sdk_transport": Layer(1, "cancellation loop transport", "httpx2"),
+    "upstream": Layer(
+        2, "cancellation decoder errors events loop sdk_transport settings transport", "httpx2 openai"
+    ),
+    "hangup": Layer(2, "cancellation loop"),
+    "live": Layer(2, "cancellation errors hangup loop"),
+    "answer": Layer(
+        3, "cancellation encoders errors events hangup ledger live loop settings upstream"
+    ),
+    "mount": Layer(
+        4, "access answer encoders errors hangup ledger live loop schema settings upstream", "flask"
+    ),
+    "views": Layer(
+        5, "access answer encoders errors hangup ledger mount schema upstream", "flask werkzeug"
+    ),
+    "cli": Layer(6, "mount settings", "click flask"),
+    "extension": Layer(6, "cli mount views", "flask"),
+    "__init__": Layer(7, "errors extension ledger schema settings views"),
+}  # fmt: skip
+# Names that only one module may touch.
+ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
+ONLY_IN = {"openai": {"upstream"}, "httptools": {"connection"}, "gevent": {"loop"}, "pydantic": {"schema"}}
+
+modules = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    names: tuple[str, ...]
+    own: bool
+
+
+def imports(node: ast.AST) -> Iterator[Import]:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import):
+            for alias in part.names:
+                yield Import(alias.name, (), alias.name.split(".")[0] == "streamchat")
+        elif isinstance(part, ast.ImportFrom):
+            names = tuple(alias.name for alias in part.names)
+            if part.level and not part.module:  # from . import errors
+                yield from (Import(name, (), True) for name in names)
+            else:
+                module = part.module or ""
+                yield Import(module, names, bool(part.level) or module.split(".")[0] == "streamchat")
+
+
+def own_imports(module: str) -> set[str]:
+    return {found.module.removeprefix("streamchat.").split(".")[0] for found in imports(tree(module)) if found.own}
+
+
+def foreign_imports(node: ast.AST) -> set[str]:
+    tops = {found.module.split(".")[0] for found in imports(node) if not found.own}
+    return tops - set(sys.stdlib_module_names)
+
+
+def test_every_module_stands_in_the_table() -> None:
+    assert modules == sorted(LAYERS)
+
+
+def test_the_table_itself_only_goes_down() -> None:
+    above: list[str] = []
+    for module, layer in LAYERS.items():
+        assert set(layer.own.split()) <= set(above), module
+        assert all(LAYERS[name].level <= layer.level for name in layer.own.split()), module
+        above.append(module)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_a_module_imports_what_its_row_says(module: str) -> None:
+    assert own_imports(module) == set(LAYERS[module].own.split())
+    assert foreign_imports(tree(module)) == set(LAYERS[module].foreign.split())
+
+
+@pytest.mark.parametrize(("library", "places"), ONLY_IN.items())
+def test_a_foreign_library_has_its_one_place(library: str, places: set[str]) -> None:
+    assert {module for module in modules if library in foreign_imports(tree(module))} == places
+
+
+def test_gevent_is_imported_inside_functions_only() -> None:
+    functions = [node for node in ast.walk(tree("loop")) if isinstance(node, ast.FunctionDef)]
+    inside = [found for function in functions for found in imports(function) if found.module.startswith("gevent")]
+    everywhere = [found for found in imports(tree("loop")) if found.module.startswith("gevent")]
+    assert inside and len(inside) == len(everywhere)
+
+
+@pytest.mark.parametrize("module", [name for name in LAYERS if name != "views"])
+def test_only_the_views_touch_the_request_and_the_response(module: str) -> None:
+    found = {name for part in imports(tree(module)) if part.module == "flask" for name in part.names}
+    assert not found & ONLY_IN_VIEWS
+    attributes = {
+        node.attr
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "flask"
+    }
+    assert not attributes & ONLY_IN_VIEWS
+
+
+def test_nothing_is_imported_by_its_name_as_text() -> None:
+    for module in modules:
+        called = {
+            node.func.id
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not called & {"__import__", "import_module", "exec", "eval"}, module
+        assert "importlib" not in {found.module.split(".")[0] for found in imports(tree(module))}, module
+
+
+@pytest.mark.parametrize("module", modules)
+def test_a_module_stays_below_three_hundred_lines(module: str) -> None:
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= MODULE_LINES
+
+
+@pytest.mark.parametrize("module", modules)
+def test_a_function_stays_within_sixty_lines(module: str) -> None:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("module", modules)
+def test_a_module_opens_with_what_it_is(module: str) -> None:
+    assert ast.get_docstring(tree(module))
