@@ -15,7 +15,7 @@ monkey.patch_all()
 import os  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
 
 import gevent  # noqa: E402
 
@@ -31,7 +31,7 @@ OTHER_FILES = 256  # idle connections to the upstream, logs, libraries
 # nginx keeps idle connections for 60 s. If gunicorn closed first, a POST on such a connection would be lost.
 keepalive = 75
 
-# A worker that is told to stop has this long. Answers that cannot end by then get the error `draining` before it is over.
+# A worker that is told to stop has this long. Answers that cannot end by then get the error `draining` before that.
 try:
     graceful_timeout = int(float(os.environ.get("STREAMCHAT_GRACE") or 120))
 except ValueError:
@@ -111,7 +111,7 @@ def post_fork(server: Any, worker: Any) -> None:
 class RequestTimeout(gevent.Timeout):  # type: ignore[misc]  # gevent has no types
     """Waits for the next request on a connection; knows all that wait."""
 
-    waiting: set[RequestTimeout] = set()
+    waiting: ClassVar[set[RequestTimeout]] = set()
 
     def __enter__(self) -> RequestTimeout:
         self.greenlet = gevent.getcurrent()

@@ -1,6 +1,7 @@
 """`./serve`: this checkout as a running server, with a local model where no other is named, and nginx where wanted."""
 
 import argparse
+import ctypes
 import os
 import secrets
 import shutil
@@ -28,8 +29,8 @@ class PortTaken(Exception):
     """Another process listens where it was asked to."""
 
 
-class NginxMissing(Exception):
-    """--nginx, and there is none."""
+class ProgramMissing(Exception):
+    """Names the package that has it."""
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     on_stop_signals(signal.default_int_handler)
     try:
         _serve(options)
-    except (EnvironmentFailure, ServiceFailure, PortTaken, NginxMissing) as failure:
+    except (EnvironmentFailure, ServiceFailure, PortTaken, ProgramMissing) as failure:
         sys.exit(f"serve: {failure}")
     except KeyboardInterrupt:
         print("serve: stopped.")
@@ -85,6 +86,7 @@ def _environment(services: Services) -> dict[str, str]:
 
 def _start_local_model(services: Services) -> dict[str, str]:
     """What the environment says of a model that runs here; first it is started."""
+    _find_openmp()
     python = ensure(ROOT / ".venv-local", ROOT / "requirements-local.txt", with_dependencies=False)
     key = {"OPENAI_API_KEY": secrets.token_hex(16)}
     model = services.start(
@@ -98,11 +100,22 @@ def _start_local_model(services: Services) -> dict[str, str]:
     return ours | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "STREAMCHAT_MAX_OUTPUT_TOKENS": tokens}
 
 
+def _find_openmp() -> None:
+    """llama.cpp's wheel for Linux is linked to GCC's; slim images lack it. Known before 122 MB have come."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libgomp.so.1")
+        except OSError:
+            raise ProgramMissing(
+                "The local model needs libgomp: install Debian's package libgomp1, or set OPENAI_API_KEY."
+            ) from None
+
+
 def find_nginx() -> str:
     # Debian keeps it where only root's PATH leads.
     found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if found is None:
-        raise NginxMissing("There is no nginx on this machine: install Debian's package nginx.")
+        raise ProgramMissing("There is no nginx on this machine: install Debian's package nginx.")
     return found
 
 

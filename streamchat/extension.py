@@ -7,7 +7,6 @@ from typing import Any
 
 from flask import Flask
 
-from .cli import commands
 from .mount import Mount
 from .views import EXTENSION, create_blueprint
 
@@ -28,8 +27,6 @@ class StreamChat:
         """Mounts the blueprint. app.config must be complete by then. Raises SettingsError for what cannot be used."""
         prefix = options.pop("url_prefix", self._url_prefix)
         app.register_blueprint(create_blueprint(**{**self._options, **options}), url_prefix=prefix)
-        if commands.name not in app.cli.commands:
-            app.cli.add_command(commands)
 
 
 def follow_worker(application: Any, is_stopping: Callable[[], bool], most: int, drain_seconds: float) -> None:

@@ -44,6 +44,7 @@ class RelayedBody(httpx2.SyncByteStream):
         try:
             for piece in cast(httpx2.SyncByteStream, self._response.stream):
                 if piece:
+                    time.sleep(0)  # under gevent two that hand over through a queue let nobody else run
                     self._put(piece)
         except Exception as error:
             last = error

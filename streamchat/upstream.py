@@ -5,38 +5,30 @@ Nothing that the upstream says leaves this file but events, a status, a request 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
 import openai
 
 from .cancellation import Cancellation
-from .decoder import ChatDecoder, error_kind, public_code
+from .decoder import ChatDecoder
 from .errors import (
     Interrupted,
     Overloaded,
     SettingsError,
     StreamChatError,
     UpstreamAuth,
-    UpstreamError,
-    UpstreamFailure,
-    UpstreamIncomplete,
     UpstreamMalformed,
-    UpstreamRateLimited,
-    UpstreamRejected,
     UpstreamTimeout,
-    UpstreamUnreachable,
 )
 from .events import Event
+from .faults import safe_id, translate
 from .ledger import Trail
 from .loop import Loop
 from .sdk_transport import RelayedBody, SdkTransport, proxy_of
@@ -49,31 +41,8 @@ SPARE_CONNECTIONS = 32  # answers that are ending while the next begin
 CONCLUDE_SECONDS = 5.0  # how long the usage may take once the answer is whole
 FIRST_BACKOFF = 0.5  # seconds; doubled each attempt, as the SDK does
 LONGEST_BACKOFF = 8.0
-_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-
-BY_STATUS: dict[int, type[UpstreamFailure]] = {
-    401: UpstreamAuth,
-    403: UpstreamAuth,
-    408: UpstreamError,
-    409: UpstreamError,
-    429: UpstreamRateLimited,
-}
-# What lies under the SDK's connection error; the first that fits.
-BY_CAUSE: tuple[tuple[type[BaseException], type[StreamChatError]], ...] = (
-    (httpx2.PoolTimeout, Overloaded),
-    (httpx2.ConnectTimeout, UpstreamUnreachable),
-    (httpx2.TimeoutException, UpstreamTimeout),
-    (httpx2.LocalProtocolError, UpstreamAuth),  # a key that cannot stand in a header
-    (httpx2.RemoteProtocolError, UpstreamIncomplete),
-    (httpx2.ReadError, UpstreamIncomplete),
-    (httpx2.WriteError, UpstreamIncomplete),
-    (httpx2.HTTPError, UpstreamUnreachable),
-    (OSError, UpstreamUnreachable),
-    (ValueError, UpstreamAuth),  # the SDK refuses headers so
-)
 # A malformed answer was made and paid for: the next one would be like it.
 NEVER_RETRIED = (UpstreamAuth, Overloaded, UpstreamTimeout, UpstreamMalformed, Interrupted)
-_CUT = re.compile("ended|clos|disconnect")  # how h11, httpcore2 and we word a connection that ended too soon
 
 
 @dataclass(frozen=True)
@@ -150,7 +119,7 @@ class Upstream:
     def _ask(
         self, client: openai.OpenAI, prompt: Prompt, cancellation: Cancellation, trail: Trail, until: float
     ) -> Reply | StreamChatError:
-        """One attempt. What failed is returned, so that no exception of the SDK, which holds the key, is its context."""
+        """One attempt. What failed is returned, to have no exception of the SDK, which holds the key, as context."""
         token = CURRENT.set(cancellation)
         try:
             response = self._post(client, prompt, until)
@@ -195,7 +164,7 @@ class Upstream:
 
     def _reply(self, response: httpx2.Response, cancellation: Cancellation, trail: Trail) -> Reply:
         trail.status = response.status_code
-        trail.request_id = _safe_id(response.headers)
+        trail.request_id = safe_id(response.headers)
         body: Body | None = response.extensions.get(BODY)
         reply = Reply(body or RelayedBody(self._loop, response.request, response, cancellation), cancellation, trail)
         kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
@@ -221,7 +190,8 @@ class Reply:
         Raises the cancellation's reason, before anything that came after it is decoded, or an UpstreamFailure.
         """
         if self._decoder.failure is not None:  # it stood behind the events of the last read: no waiting for more
-            raise self._decoder.failure
+            self._cancellation.check()
+            return self._decoded(b"")
         concluding = self._decoder.concluding
         try:
             data = self._body.read(min(until, self._usage_due()) if concluding else until)
@@ -256,40 +226,6 @@ class Reply:
         self._body.close()
 
 
-def translate(error: Exception, trail: Trail) -> StreamChatError:
-    """The one place where foreign exceptions become ours. Their words are dropped."""
-    if isinstance(error, openai.APIStatusError):
-        return _from_status(error, trail)
-    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
-    kind = next((kind for foreign, kind in BY_CAUSE if isinstance(cause, foreign)), Interrupted)
-    if isinstance(cause, httpx2.RemoteProtocolError) and not _CUT.search(str(cause)):
-        kind = UpstreamMalformed
-    return kind()
-
-
-def _from_status(error: openai.APIStatusError, trail: Trail) -> UpstreamFailure:
-    trail.status = error.status_code
-    trail.request_id = _safe_id(error.response.headers)
-    trail.code = public_code(error.body)
-    otherwise = BY_STATUS.get(error.status_code) or (UpstreamRejected if error.status_code < 500 else UpstreamError)
-    kind = otherwise if otherwise is UpstreamAuth else error_kind(error.body, otherwise)
-    return kind(retry_after=_retry_after(error.response.headers))
-
-
-def _retry_after(headers: httpx2.Headers) -> int | None:
-    """Seconds out of Retry-After (RFC 9110 10.2.3: a number or a date), rounded up; None where it says nothing."""
-    value = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-        return max(0, min(86_400, int(-(-seconds // 1))))
-    return None
-
-
-def _safe_id(headers: httpx2.Headers) -> str | None:
-    value = headers.get("x-request-id", "")
-    return value if _SAFE_ID.fullmatch(value) else None
-
-
 def _limit_name(client: openai.OpenAI) -> str:
     """OpenAI's newer models refuse max_tokens; other servers often know only that, and would not stop."""
     host = client.base_url.host
@@ -306,7 +242,8 @@ def check_credentials(client_factory: ClientFactory | None) -> None:
     key = os.environ.get("OPENAI_API_KEY", "")
     if client_factory is None and not key and not os.environ.get("OPENAI_BASE_URL"):
         raise SettingsError(
-            "No upstream is named: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own, or pass client_factory."
+            "No upstream is named: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own, "
+            "or pass client_factory."
         )
     if not key.isascii() or not key.isprintable() or key != key.strip():
         raise SettingsError(

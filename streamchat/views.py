@@ -17,6 +17,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from .access import check_site, cors_headers, preflight_headers
 from .answer import Answer
+from .cli import commands
 from .encoders import Encoder, JsonEncoder, choose_encoder
 from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, UnsupportedMediaType, from_abort
 from .hangup import Caller
@@ -81,6 +82,7 @@ def create_blueprint(
     def mount(state: BlueprintSetupState) -> None:
         mounts = state.app.extensions.setdefault(EXTENSION, {})
         mounts[f"{state.name_prefix}.{state.name}".lstrip(".")] = Mount(cast(Flask, state.app), hooks, overrides)
+        cast(Flask, state.app).cli.commands.setdefault(str(commands.name), commands)
 
     view: Callable[..., Any] = get_response
     for decorator in reversed(decorators):

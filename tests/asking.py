@@ -20,9 +20,9 @@ import trustme
 
 from streamchat.cancellation import Cancellation
 from streamchat.events import Event, Text
+from streamchat.ledger import Trail
 from streamchat.loop import choose_loop
 from streamchat.settings import Settings
-from streamchat.ledger import Trail
 from streamchat.upstream import Prompt, Reply, Upstream
 
 KEY = "sk-canary-4711"
@@ -128,7 +128,7 @@ class Background:
     def _run(self, call: Callable[[], Any]) -> None:
         try:
             self.result = call()
-        except BaseException as error:  # noqa: BLE001  handed to the test
+        except BaseException as error:
             self.error = error
         self.ended = time.monotonic()
 

@@ -154,9 +154,7 @@ class RecordedRequest:
                 raise AssertionError(f"{complaint} after {timeout} s: {self!r}")
 
 
-Step: TypeAlias = (
-    "bytes | Pause | Gate | Hang | Fin | Rst | Iterable[Step] | Callable[[RecordedRequest], Step]"
-)
+Step: TypeAlias = "bytes | Pause | Gate | Hang | Fin | Rst | Iterable[Step] | Callable[[RecordedRequest], Step]"
 
 
 # --- bytes of an answer ---------------------------------------------------------------------------------
@@ -253,9 +251,7 @@ def answer(
     events = [event({"role": "assistant", "content": "", "refusal": None}), *texts, *tail]
     opening, wrap, closing = _FRAMINGS[framing](events)
     paused = range(1, 1 + len(texts)) if pause else range(0)
-    body: list[Step] = [
-        [Pause(pause), wrap(data)] if n in paused else wrap(data) for n, data in enumerate(events)
-    ]
+    body: list[Step] = [[Pause(pause), wrap(data)] if n in paused else wrap(data) for n, data in enumerate(events)]
     return [opening, *body, *closing]
 
 
@@ -495,9 +491,7 @@ class _Connection(asyncio.Protocol):
     async def _secure(self, tls: ssl.SSLContext) -> None:
         """The handshake. One that fails is the client's matter: it only ends the connection."""
         try:
-            secured = await self._loop.start_tls(
-                self._raw, self, tls, server_side=True, ssl_shutdown_timeout=5
-            )
+            secured = await self._loop.start_tls(self._raw, self, tls, server_side=True, ssl_shutdown_timeout=5)
         except (OSError, asyncio.CancelledError):
             secured = None
         if secured is None:
@@ -555,7 +549,7 @@ class _Connection(asyncio.Protocol):
     async def _answer(self, request: RecordedRequest) -> None:
         try:
             await self._play(self._upstream.script_of(request), request)
-        except Exception as fault:  # noqa: BLE001 - whatever a script raises is raised again in the test
+        except Exception as fault:  # whatever a script raises is raised again in the test
             self._fail(fault)
             return
         self._request = None
@@ -677,9 +671,7 @@ def tls_pair(folder: Path) -> tuple[ssl.SSLContext, Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fake_upstream", description="A fake model to try with curl."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.fake_upstream", description="A fake model to try with curl.")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--pieces", type=int, default=20)
     parser.add_argument("--pause", type=float, default=0.05, help="seconds before each piece")

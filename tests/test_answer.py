@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from streamchat import Record
-from streamchat.answer import Answer, Opening, Order
+from streamchat.answer import Answer, Order
 from streamchat.cancellation import Cancellation
 from streamchat.encoders import ENCODERS
 from streamchat.errors import CallerGone, Draining, StreamChatError, UpstreamError, UpstreamIncomplete
@@ -21,6 +21,7 @@ from streamchat.events import Event, Finish, Reasoning, Text, Usage
 from streamchat.hangup import Caller
 from streamchat.live import Live
 from streamchat.loop import NEVER, choose_loop
+from streamchat.opening import Opening
 from streamchat.settings import Settings
 from streamchat.upstream import Prompt
 from tests.fake_upstream import (

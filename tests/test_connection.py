@@ -1,4 +1,4 @@
-"""One connection and one exchange: bytes in, heads and bodies out; waits that end; sockets that are let go of."""
+"""One connection and one exchange: bytes in, bodies out; waits that end; sockets that are let go of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import httpx2
 import pytest
 
-from streamchat import connection as connection_module
 from streamchat.cancellation import Cancellation
 from streamchat.connection import HEAD_BYTES, Connection, Exchange, connect, write_head
 from streamchat.errors import CallerGone
@@ -25,7 +24,8 @@ from tests.asking import Background, nothing_left
 LOOP = ThreadLoop()
 BODY = b"data: one\n\ndata: two\n\n"
 HEAD = b"HTTP/1.1 200 OK\r\nX-Name: a\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\nb\r\ndata: one\n\n\r\nb;ext=1\r\ndata: two\n\n\r\n0\r\nTrailer: t\r\n\r\n"
+CHUNKS = b"b\r\ndata: one\n\n\r\nb;ext=1\r\ndata: two\n\n\r\n0\r\nTrailer: t\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS
 LENGTH = HEAD + b"Content-Length: 22\r\n\r\n" + BODY
 UNTIL_CLOSE = HEAD + b"\r\n" + BODY
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
@@ -63,7 +63,7 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> 
     def resolved(*_: Any, **__: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
 
-    monkeypatch.setattr(connection_module.socket, "getaddrinfo", resolved)
+    monkeypatch.setattr("streamchat.connection.socket.getaddrinfo", resolved)
 
 
 @pytest.mark.parametrize("response", [CHUNKED, LENGTH, UNTIL_CLOSE], ids=["chunked", "length", "until close"])
@@ -283,7 +283,7 @@ def test_a_socket_that_was_cut_before_tls_begins_is_a_connect_error_and_closed()
 
 def test_cancelling_while_connecting_ends_the_wait_at_once(full: tuple[str, int]) -> None:
     cancellation = Cancellation()
-    dialling = Background(lambda: connect(LOOP, *full, None, cancellation, time.monotonic() + 5))
+    dialling = Background(lambda: connect(LOOP, full[0], full[1], None, cancellation, time.monotonic() + 5))
     time.sleep(0.05)
     cancelled = time.monotonic()
     cancellation.cancel(CallerGone())
@@ -297,7 +297,7 @@ def test_nothing_is_dialled_for_an_answer_that_was_cancelled() -> None:
     cancellation.cancel(CallerGone())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with pytest.raises(CallerGone):
-            connect(LOOP, *listener.getsockname(), None, cancellation, time.monotonic() + 5)
+            connect(LOOP, "127.0.0.1", listener.getsockname()[1], None, cancellation, time.monotonic() + 5)
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()

@@ -137,9 +137,7 @@ def test_requests_reads_the_same_events_in_every_framing(framing: str) -> None:
     events = response.content.decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     deltas = [json.loads(event.removeprefix("data: "))["choices"] for event in events[:-2]]
-    assert "".join(choices[0]["delta"].get("content", "") for choices in deltas if choices) == "".join(
-        FOUR_PIECES
-    )
+    assert "".join(choices[0]["delta"].get("content", "") for choices in deltas if choices) == "".join(FOUR_PIECES)
     assert ("Transfer-Encoding" in response.headers) == (framing == "chunked")
     assert ("Content-Length" in response.headers) == (framing == "length")
 
@@ -248,9 +246,7 @@ def test_a_clean_close_is_seen_as_an_end_of_file(
     assert upstream.requests[0].left is None
 
 
-def test_a_reset_is_seen_as_a_reset(
-    upstream: FakeUpstream, connect: Callable[[FakeUpstream], socket.socket]
-) -> None:
+def test_a_reset_is_seen_as_a_reset(upstream: FakeUpstream, connect: Callable[[FakeUpstream], socket.socket]) -> None:
     gate = Gate()
     upstream.script = [b"half an ans", gate, Rst(), b"never sent"]
     client = connect(upstream)
@@ -518,7 +514,7 @@ def test_queued_scripts_come_first_then_the_choice_by_request_then_the_default(
 
 
 def test_what_a_script_raises_is_raised_in_the_test(connect: Callable[[FakeUpstream], socket.socket]) -> None:
-    with pytest.raises(TypeError, match="messages|subscriptable"), FakeUpstream() as upstream:
+    with pytest.raises(TypeError, match=r"messages|subscriptable"), FakeUpstream() as upstream:  # noqa: PT012  the fake raises at the end of its block
         upstream.choose = lambda request: request.message.encode()
         client = connect(upstream)
         client.sendall(post(b"not json"))
@@ -529,7 +525,7 @@ def test_what_a_script_raises_is_raised_in_the_test(connect: Callable[[FakeUpstr
 def test_a_default_script_that_serves_only_once_is_refused(
     connect: Callable[[FakeUpstream], socket.socket],
 ) -> None:
-    with pytest.raises(TypeError, match="iterator"), FakeUpstream() as upstream:
+    with pytest.raises(TypeError, match="iterator"), FakeUpstream() as upstream:  # noqa: PT012  the same
         upstream.script = iter([b"once"])
         client = connect(upstream)
         client.sendall(post())

@@ -37,27 +37,33 @@ LAYERS = {
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
     "sdk_transport": Layer(1, "cancellation loop transport", "httpx2"),
+    "faults": Layer(2, "decoder errors ledger", "httpx2 openai"),
     "upstream": Layer(
-        2, "cancellation decoder errors events loop sdk_transport settings transport", "httpx2 openai"
+        2,
+        "cancellation decoder errors events faults ledger loop sdk_transport settings transport",
+        "httpx2 openai",
     ),
     "hangup": Layer(2, "cancellation loop"),
     "live": Layer(2, "cancellation errors hangup loop"),
+    "opening": Layer(3, "cancellation events loop"),
+    "tally": Layer(3, "events ledger"),
     "answer": Layer(
-        3, "cancellation encoders errors events hangup ledger live loop settings upstream"
+        3,
+        "cancellation encoders errors events hangup ledger live loop opening settings tally upstream",
     ),
     "mount": Layer(
         4, "access answer encoders errors hangup ledger live loop schema settings upstream", "flask"
     ),
+    "cli": Layer(4, "mount settings", "click flask"),
     "views": Layer(
-        5, "access answer encoders errors hangup ledger mount schema upstream", "flask werkzeug"
+        5, "access answer cli encoders errors hangup ledger mount schema upstream", "flask werkzeug"
     ),
-    "cli": Layer(6, "mount settings", "click flask"),
-    "extension": Layer(6, "cli mount views", "flask"),
+    "extension": Layer(6, "mount views", "flask"),
     "__init__": Layer(7, "errors extension ledger schema settings views"),
 }  # fmt: skip
 # Names that only one module may touch.
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
-ONLY_IN = {"openai": {"upstream"}, "httptools": {"connection"}, "gevent": {"loop"}, "pydantic": {"schema"}}
+ONLY_IN = {"openai": {"faults", "upstream"}, "httptools": {"connection"}, "gevent": {"loop"}, "pydantic": {"schema"}}
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))
 

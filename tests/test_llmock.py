@@ -1,4 +1,4 @@
-"""llmock, somebody else's judge of clients: its faults become our codes, and its verdict on our manners is strict."""
+"""llmock, somebody else's judge of clients: its faults become our codes, its verdict on us is strict."""
 
 from __future__ import annotations
 
@@ -110,7 +110,13 @@ def test_a_rate_limit_that_outlasts_the_deadline_is_told_at_once(llmock: LLMock)
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(400, "upstream_rejected"), (401, "upstream_auth"), (403, "upstream_auth"), (404, "upstream_rejected"), (422, "upstream_rejected")],
+    [
+        (400, "upstream_rejected"),
+        (401, "upstream_auth"),
+        (403, "upstream_auth"),
+        (404, "upstream_rejected"),
+        (422, "upstream_rejected"),
+    ],
 )
 def test_what_no_retry_can_fix_is_never_retried(asked: Asking, llmock: LLMock, status: int, code: str) -> None:
     llmock.fail(status, times=None)

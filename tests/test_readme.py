@@ -1,4 +1,7 @@
-"""The README is true: its Python runs, its tables are the code's. `python -m tests.test_readme` writes the tables anew."""
+"""The README is true: its Python runs, its tables are the code's.
+
+`python -m tests.test_readme` writes the tables anew.
+"""
 
 from __future__ import annotations
 

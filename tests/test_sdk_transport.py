@@ -1,10 +1,10 @@
-"""httpx2's own HTTP behind our interface: through proxies, for a shop's own client, and where the settings ask for it."""
+"""httpx2's own HTTP behind our interface: for proxies, for a shop's own client, where settings ask for it."""
 
 from __future__ import annotations
 
 import contextlib
-import ssl
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from streamchat.cancellation import Cancellation
-from streamchat.errors import CallerGone, UpstreamError, UpstreamIncomplete, UpstreamRejected
+from streamchat.errors import CallerGone, StreamChatError, UpstreamError, UpstreamIncomplete, UpstreamRejected
 from streamchat.events import Finish, Text, Usage
 from streamchat.sdk_transport import proxy_of
 from tests.asking import Asking, Background, asking, helpers, read_all, wait_until
@@ -25,6 +25,7 @@ from tests.fake_upstream import (
     Hang,
     Pause,
     Repeat,
+    Step,
     answer,
     error,
     head,
@@ -124,8 +125,9 @@ def asked(request: pytest.FixtureRequest, server: FakeUpstream, tls: tuple[ssl.S
             server.base_url, client_factory=factory, authority=tls[1], http="sdk", max_retries=0, first_token_timeout=5
         )
         found = stack.enter_context(context)
-        stack.callback(lambda: [each.close() for each in clients])
         yield found
+        for each in clients:
+            each.close()
 
 
 def test_an_answer_arrives_whole(asked: Asking) -> None:
@@ -187,7 +189,9 @@ def test_an_upstream_that_is_read_slowly_is_not_read_ahead_without_bounds(asked:
     reply.close()
 
 
-def test_a_silence_longer_than_the_first_token_limit_is_the_readers_to_judge(server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]) -> None:
+def test_a_silence_longer_than_the_first_token_limit_is_the_readers_to_judge(
+    server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]
+) -> None:
     whole = answer(["a", "b"])
     server.script = [whole[:3], Pause(0.5), whole[3:]]
     with asking(server.base_url, authority=tls[1], http="sdk", first_token_timeout=0.25) as asked:
@@ -220,7 +224,8 @@ def test_an_error_that_drips_is_read_for_a_bounded_time(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streamchat.transport.ERROR_SECONDS", 0.3)
-    for flood in ([b"{", Repeat([Pause(0.05), b" "], 1000)], Repeat(b"x" * 60_000, 1000)):
+    floods: list[Step] = [[b"{", Repeat([Pause(0.05), b" "], 1000)], Repeat(b"x" * 60_000, 1000)]
+    for flood in floods:
         server.script = [head(500, {"Content-Length": "900000000"}, chunked=False), flood]
         with asking(server.base_url, authority=tls[1], http="sdk", max_retries=0) as asked:
             started = time.monotonic()
@@ -230,7 +235,9 @@ def test_an_error_that_drips_is_read_for_a_bounded_time(
         server.wait_for(lambda: server.open_connections == 0)
 
 
-def test_garbage_and_cuts_are_told_apart_as_over_the_fast_path(server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]) -> None:
+def test_garbage_and_cuts_are_told_apart_as_over_the_fast_path(
+    server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]
+) -> None:
     for script, code in (
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "upstream_malformed"),
         ([head(), http_chunk(b"data: {"), b"zz\r\n"], "upstream_malformed"),
@@ -238,9 +245,9 @@ def test_garbage_and_cuts_are_told_apart_as_over_the_fast_path(server: FakeUpstr
         server.script = script
         for http in ("fast", "sdk"):
             with asking(server.base_url, authority=tls[1], http=http, max_retries=0) as asked:
-                with pytest.raises(Exception) as caught:
+                with pytest.raises(StreamChatError) as caught:
                     asked.ask()
-                assert getattr(caught.value, "code", None) == code, http
+                assert caught.value.code == code, http
 
 
 @pytest.mark.parametrize("scheme", ["http://", ""])
@@ -279,9 +286,9 @@ def test_a_proxy_that_refuses_or_is_not_there_is_an_unreachable_upstream() -> No
     with socket.create_server(("127.0.0.1", 0)) as dead:
         port = dead.getsockname()[1]
     with asking("http://model.invalid/v1", environ={"http_proxy": f"127.0.0.1:{port}"}, max_retries=0) as asked:
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(StreamChatError) as caught:
             asked.open()
-        assert getattr(caught.value, "code", None) == "upstream_unreachable"
+        assert caught.value.code == "upstream_unreachable"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from tests.fake_upstream import (
 )
 
 AUTHORITY = trustme.CA()
-YESTERDAY = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,8 @@ def test_an_end_that_comes_a_little_after_the_answer_still_saves_the_connection(
 
 
 @pytest.mark.parametrize(
-    "end", [Hang(), Repeat([Pause(0.005), http_chunk(b": trickle\n\n")], 1000), Repeat(http_chunk(b"x" * 5000), 100_000)]
+    "end",
+    [Hang(), Repeat([Pause(0.005), http_chunk(b": trickle\n\n")], 1000), Repeat(http_chunk(b"x" * 5000), 100_000)],
 )
 def test_an_end_that_does_not_come_costs_less_than_100_ms(
     transport: FastTransport, upstream: FakeUpstream, end: Step

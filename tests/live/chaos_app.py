@@ -1,4 +1,4 @@
-"""A shop's app under chaos: three mounts of streamchat, after_request functions that misbehave on demand, a leak report.
+"""A shop's app under chaos: three mounts of streamchat, an after_request that misbehaves on demand, a leak report.
 
 CHAOS_PLAIN and CHAOS_TLS name the upstreams, CHAOS_AUTHORITY the file of the one that signed the second's certificate.
 """

@@ -141,7 +141,7 @@ def flask_run(base_url: str, folder: Path, *arguments: str, app: str = "wsgi:app
 def nginx(
     upstream: Server, folder: Path, change: Callable[[str], str] | None = None, limits: bool = False
 ) -> Iterator[Server]:
-    """conf/nginx.conf in front of a server, on another port; `change` edits its text, `limits` keeps those an address has."""
+    """conf/nginx.conf in front of a server, on another port; `change` edits its text, `limits` keeps an address's."""
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     assert program, "nginx is missing: install Debian's package nginx-light"
     port = free_port()

@@ -45,7 +45,7 @@ TOLD: dict[str, Step] = {
     "404 with all": error(404, None, ECHO, kind=ECHO),
     "429 with all": error(429, "rate_limit_exceeded", ECHO, headers={"Retry-After": KEY}),
     "500 with all": error(500, ECHO, ECHO),
-    "500 as a page": [head(500, {"Content-Length": str(len(ECHO))}, content_type="text/html", chunked=False), ECHO.encode()],
+    "500 as a page": [head(500, content_type="text/html"), http_chunk(ECHO.encode()), last_chunk()],
     "a redirect": [head(302, {"Location": f"http://127.0.0.1:1/{KEY}", "Content-Length": "0"}, chunked=False)],
     "not HTTP": [f"{ECHO}\r\n\r\n".encode(), Fin()],
     "a bad head": [f"HTTP/1.1 200 OK\r\nbad header {KEY}\r\n\r\n".encode(), Fin()],
@@ -119,7 +119,10 @@ def assert_all_arrived(upstream: FakeUpstream) -> None:
     assert request.body["messages"][0] == {"role": "system", "content": PROMPT}
 
 
-@pytest.mark.parametrize("arguments", [(), ("--log-level", "debug"), ("-k", "gthread", "--threads", "20")], ids=" ".join)
+GTHREAD = ("-k", "gthread", "--threads", "20")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--log-level", "debug"), GTHREAD], ids=" ".join)
 def test_no_secret_is_in_an_answer_or_in_gunicorns_log(
     upstream: FakeUpstream, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:

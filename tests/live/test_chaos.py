@@ -1,4 +1,4 @@
-"""Two thousand chaotic requests against one worker leave nothing behind: no greenlet, socket or slot; one record each."""
+"""Two thousand chaotic requests to one worker leave nothing behind: no greenlet, socket or slot; one record each."""
 
 from __future__ import annotations
 
@@ -208,9 +208,16 @@ def held(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report.get(name) for name in HELD}
 
 
+def is_clean(report: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Nothing more than before; gevent may have ended helpers of its own meanwhile."""
+    fewer = report["greenlets"] <= before["greenlets"]
+    return fewer and held(report) == held(before | {"greenlets": report["greenlets"]})
+
+
 def run(server: Server, chosen: list[Trial]) -> None:
     with ThreadPoolExecutor(CALLERS) as pool:
-        for trial, wire in zip(chosen, pool.map(lambda trial: Caller(server.port, trial).behave(), chosen), strict=True):
+        wires = pool.map(lambda trial: Caller(server.port, trial).behave(), chosen)
+        for trial, wire in zip(chosen, wires, strict=True):
             assert wire.count(b"HTTP/1.1 ") <= 1, (trial, wire)
             assert b"Traceback" not in wire, (trial, wire)
             if trial.behaviour == "reads":
@@ -218,7 +225,8 @@ def run(server: Server, chosen: list[Trial]) -> None:
 
 
 def settle(server: Server, fakes: list[FakeUpstream], before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The report when all is as `before`, or as a moment ago; after ten seconds what is left by then."""
+    """The report when all is as `before`, or has not changed for two seconds; after ten what is left by then."""
+    same = 0
     report: dict[str, Any] = {}
     until = time.monotonic() + 10
     while time.monotonic() < until:
@@ -226,7 +234,8 @@ def settle(server: Server, fakes: list[FakeUpstream], before: dict[str, Any] | N
         for fake in fakes:
             fake.close_idle()
         last, report = report, report_of(server)
-        if held(report) == held(last if before is None else before):
+        same = same + 1 if held(report) == held(last) else 0
+        if same >= 6 or (before is not None and is_clean(report, before)):
             break
         time.sleep(0.3)
     return report
@@ -245,7 +254,7 @@ def test_two_thousand_chaotic_requests_leave_nothing_behind(
         run(server, trials(seed))
         after = settle(server, [plain, secure], before)
 
-        assert held(after) == held(before)
+        assert is_clean(after, before), (held(after), held(before))
         assert after["started"] == after["finished"]
         assert len(set(after["started"])) == len(after["started"]) > COUNT * 0.9
         assert plain.open_connections == secure.open_connections == 0

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,7 @@ EARLY = {
     "early 429": Early(error(429, "rate_limit_exceeded"), "upstream_rate_limited", 503),
     "early silence": Early(Hang(), "upstream_timeout", 504),
 }
-SETTINGS = {"idle_timeout": "0.3", "first_token_timeout": "0.4", "status_hold": "3", "max_retries": "0"}
+SETTINGS: dict[str, Any] = {"idle_timeout": "0.3", "first_token_timeout": "0.4", "status_hold": "3", "max_retries": "0"}
 
 Start = Callable[[str, Path], AbstractContextManager[Server]]
 SERVERS: dict[str, Start] = {
@@ -197,5 +198,6 @@ def test_a_cut_text_is_visible_to_a_caller_that_speaks_http_1_0(server_port: int
 
 
 def test_a_finished_text_is_whole_to_a_caller_that_speaks_http_1_0(server_port: int) -> None:
-    for seen in (by_socket(server_port, "whole", TEXT, version="1.0"), by_curl(server_port, "whole", TEXT, "--http1.0")):
+    curl = by_curl(server_port, "whole", TEXT, "--http1.0")
+    for seen in (by_socket(server_port, "whole", TEXT, version="1.0"), curl):
         assert (seen.status, seen.whole, seen.body) == (200, True, WHOLE), seen

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -66,7 +66,8 @@ class Model:
     def _script(self, request: RecordedRequest) -> Step:
         match request.message:
             case "ends":
-                return [head(), text("Hel"), self.ending, text("lo"), finish(), usage_chunk(19, 2), done(), last_chunk()]
+                tail = [text("lo"), finish(), usage_chunk(19, 2), done(), last_chunk()]
+                return [head(), text("Hel"), self.ending, *tail]
             case "hangs":
                 return [head(), text("Hel"), Hang()]
             case "floods":
@@ -137,7 +138,7 @@ def ask_many(pool: ThreadPoolExecutor, port: int, message: str, count: int) -> l
 
 
 def test_a_stop_lets_answers_end_in_the_grace_time_and_tells_those_that_cannot(model: Model, tmp_path: Path) -> None:
-    settings = {"grace": str(GRACE), "coalesce_ms": "0", "status_hold": "60"}
+    settings: dict[str, Any] = {"grace": str(GRACE), "coalesce_ms": "0", "status_hold": "60"}
     with ExitStack() as stack:
         server = stack.enter_context(gunicorn(model.fake.base_url, tmp_path, **settings))
         pool = stack.enter_context(ThreadPoolExecutor(100))
@@ -192,7 +193,7 @@ def test_an_idle_connection_does_not_keep_a_stopping_worker(model: Model, tmp_pa
 
 
 def test_a_reload_lets_old_answers_finish_while_new_workers_answer(model: Model, tmp_path: Path) -> None:
-    settings = {"grace": str(GRACE), "coalesce_ms": "0"}
+    settings: dict[str, Any] = {"grace": str(GRACE), "coalesce_ms": "0"}
     with gunicorn(model.fake.base_url, tmp_path, **settings) as server, ThreadPoolExecutor(20) as pool:
         running = ask_many(pool, server.port, "ends", 12)
         model.wait_sent(12)
@@ -258,7 +259,7 @@ def kill_under(model: Model, server: Server, pool: ThreadPoolExecutor, port: int
 def test_a_caller_that_reads_nothing_does_not_keep_a_worker_from_cleaning_up(
     model: Model, tmp_path: Path, ending: str
 ) -> None:
-    settings = {"grace": str(GRACE), "write_timeout": "600"}
+    settings: dict[str, Any] = {"grace": str(GRACE), "write_timeout": "600"}
     with gunicorn(model.fake.base_url, tmp_path, **settings) as server, ThreadPoolExecutor(8) as pool:
         stalled = [stall(server.port, accept) for accept in STREAMED]
         model.wait_sent(3)

@@ -241,7 +241,7 @@ def test_the_usual_port_gives_way_to_the_next_free_one() -> None:
 
 def test_nginx_that_is_missing_is_named_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(serve.NginxMissing, match="install Debian's package nginx"):
+    with pytest.raises(serve.ProgramMissing, match="install Debian's package nginx"):
         serve.find_nginx()
 
 
