@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 
 from flask import Flask
 
-from streamchat import StreamChat
+from streamchat import SettingsError, StreamChat
 from streamchat.settings import read_environ
 
 
@@ -24,4 +25,12 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     return app
 
 
-app = create_app()
+def _app_or_end() -> Flask:
+    try:
+        return create_app()
+    except SettingsError as error:
+        print(f"streamchat cannot start: {error}", file=sys.stderr)
+        sys.exit(4)  # gunicorn's code for an app that cannot be loaded: it ends, and does not start it again
+
+
+app = _app_or_end()

@@ -86,7 +86,7 @@ def _environment(services: Services) -> dict[str, str]:
 
 def _start_local_model(services: Services) -> dict[str, str]:
     """What the environment says of a model that runs here; first it is started."""
-    _find_openmp()
+    find_openmp()
     python = ensure(ROOT / ".venv-local", ROOT / "requirements-local.txt", with_dependencies=False)
     key = {"OPENAI_API_KEY": secrets.token_hex(16)}
     model = services.start(
@@ -100,7 +100,7 @@ def _start_local_model(services: Services) -> dict[str, str]:
     return ours | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "STREAMCHAT_MAX_OUTPUT_TOKENS": tokens}
 
 
-def _find_openmp() -> None:
+def find_openmp() -> None:
     """llama.cpp's wheel for Linux is linked to GCC's; slim images lack it. Known before 122 MB have come."""
     if sys.platform == "linux":
         try:

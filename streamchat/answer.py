@@ -116,10 +116,12 @@ class Answer:
             self._end(failure)
             raise failure
         yield b""
+        self.caller.guard()
         try:
             yield head
             head = b""  # a caller that reads nothing would keep it
             yield from pieces
+            self.caller.settle()
             return
         except StreamChatError as error:
             failure = error
@@ -147,6 +149,7 @@ class Answer:
             self.writing_since = time.monotonic()
             yield self._encode(failure)
             self.writing_since = 0.0
+            self.caller.settle()
         else:
             self.caller.break_off()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import struct
@@ -18,6 +19,7 @@ from .cancellation import shut_down
 from .loop import Loop
 
 SEND_BUFFER = 32768  # bytes; Linux grows it to megabytes else, and a caller that stopped reading is seen late
+CLEAN_CLOSE = struct.pack("ii", 0, 0)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, zero seconds: close sends RST
 
 
@@ -61,20 +63,43 @@ class Caller:
         Werkzeug's debugger turns an exception into a clean end: there the socket is shut down, and the end is normal.
         """
         if self._http10:
-            self._reset_on_close()
+            self._reset()
         if self._returns and self._socket is not None:
             self._shut_down()
             return
         raise ConnectionResetError(errno.ECONNRESET, "the answer was broken off")
+
+    def guard(self) -> None:
+        """From here to `settle` an HTTP/1.0 answer ends by a reset, even if its process is killed: see `break_off`."""
+        if self._http10:
+            self._reset_on_close()
+
+    def settle(self) -> None:
+        """The answer has said how it ended: the close may be clean."""
+        if self._http10:
+            self._linger(CLEAN_CLOSE)
+
+    def _reset(self) -> None:
+        """Resets now, by closing: some servers send FIN before they close. Only while nobody writes.
+
+        The server's descriptor becomes another's duplicate, so that the server has something left to close.
+        """
+        self._reset_on_close()
+        with contextlib.suppress(OSError), socket.socket() as other:
+            if (fd := self.fileno()) >= 0:
+                os.dup2(other.fileno(), fd, inheritable=False)
 
     def _shut_down(self) -> None:
         if (fd := self.fileno()) >= 0:
             shut_down(fd)
 
     def _reset_on_close(self) -> None:
+        self._linger(RESET_ON_CLOSE)
+
+    def _linger(self, how: bytes) -> None:
         with contextlib.suppress(OSError):
             if self._socket is not None:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, how)
 
 
 class Hangups:

@@ -29,10 +29,13 @@ class Running(Protocol):
 
 
 class Live:
-    """One for each mounted blueprint and process. Sweeps once a second."""
+    """One for each mounted blueprint and process. Sweeps once a second, and lets others `tidy` up then."""
 
-    def __init__(self, loop: Loop, most: int, write_timeout: float, total_timeout: float) -> None:
+    def __init__(
+        self, loop: Loop, most: int, write_timeout: float, total_timeout: float, tidy: Callable[[], None]
+    ) -> None:
         self.most = most
+        self._tidy = tidy
         self.hangups = Hangups(loop, self.sweep)
         self._running: set[Running] = set()
         self._lock = threading.Lock()  # threads would count together and then all enter
@@ -72,6 +75,7 @@ class Live:
 
     def sweep(self) -> None:
         """Once a second. Never waits, and raises nothing: it runs in the event loop."""
+        self._tidy()
         now = time.monotonic()
         over = self.draining and now >= self._drain_at
         for answer in list(self._running):

@@ -49,8 +49,10 @@ class Process:
     def __init__(self, settings: Settings, hooks: Hooks) -> None:
         self.pid = os.getpid()
         self.loop: Loop = choose_loop()
-        self.live = Live(self.loop, settings.max_streams, settings.write_timeout, settings.total_timeout)
         self.upstream = Upstream(settings, self.loop, hooks.client_factory)
+        self.live = Live(
+            self.loop, settings.max_streams, settings.write_timeout, settings.total_timeout, self.upstream.reap
+        )
 
     def close(self) -> None:
         self.live.close()

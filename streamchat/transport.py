@@ -118,12 +118,16 @@ class FastTransport(httpx2.BaseTransport):
             connection.close()
             return
         connection.rest()
-        connection.idle_since = now = time.monotonic()
-        idle = self._idle.setdefault(key, [])
-        idle.append(connection)
-        with contextlib.suppress(IndexError):  # another thread was faster
-            while now - idle[0].idle_since > KEEP_SECONDS:  # left over from a busier time
-                idle.pop(0).close()
+        connection.idle_since = time.monotonic()
+        self._idle.setdefault(key, []).append(connection)
+
+    def reap(self) -> None:
+        """Closes what has been idle for too long; the oldest stand first. Never waits."""
+        now = time.monotonic()
+        for idle in list(self._idle.values()):
+            with contextlib.suppress(IndexError):  # another thread was faster
+                while now - idle[0].idle_since > KEEP_SECONDS:
+                    idle.pop(0).close()
 
     def _enter(self) -> None:
         with self._lock:

@@ -62,6 +62,7 @@ class Upstream:
         self._loop = loop
         self._factory = client_factory
         self._client: openai.OpenAI | None = None
+        self._fast: FastTransport | None = None
         self._making = threading.Lock()
 
     def client(self) -> openai.OpenAI:
@@ -85,8 +86,14 @@ class Upstream:
         wanted, proxy = self._settings.http, proxy_of(base_url())
         most = self._settings.max_streams + SPARE_CONNECTIONS
         if wanted == "fast" or (wanted == "auto" and proxy is None):
-            return FastTransport(self._loop, most)
+            self._fast = FastTransport(self._loop, most)
+            return self._fast
         return SdkTransport(self._loop, most, proxy)
+
+    def reap(self) -> None:
+        """To be called now and then: closes connections that nobody needed for long. Never waits."""
+        if self._fast is not None:
+            self._fast.reap()
 
     def close(self) -> None:
         if self._client is not None:

@@ -221,7 +221,7 @@ class Bench:
 
     def __init__(self, script: Script, accept: str = SSE, keep_text: bool = False, **settings: Any) -> None:
         self.loop = choose_loop()
-        self.live = Live(self.loop, 2, 30, 60)
+        self.live = Live(self.loop, 2, 30, 60, lambda: None)
         self.told: list[tuple[Record, str]] = []
         self.script = script
         order = Order("resp_1", "ann", Prompt([{"role": "user", "content": "12345678"}], "m", {}))

@@ -44,7 +44,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
 
 @pytest.fixture
 def live() -> Iterator[Live]:
-    made = Live(choose_loop(), most=2, write_timeout=30, total_timeout=60)
+    made = Live(choose_loop(), most=2, write_timeout=30, total_timeout=60, tidy=lambda: None)
     yield made
     made.close()
 

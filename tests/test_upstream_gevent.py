@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROLOGUE = """
     from gevent import monkey
     monkey.patch_all()
+    import faulthandler
+    faulthandler.dump_traceback_later(20, exit=True)  # where it hangs
     import gevent, json, psutil, sys, time
     from streamchat.cancellation import Cancellation
     from streamchat.errors import CallerGone, StreamChatError
@@ -84,6 +86,10 @@ PROLOGUE = """
     def tell(**facts):
         print(json.dumps(facts), flush=True)
 
+    def wait_for_word():
+        "Until the test has seen what it waits for."
+        gevent.get_hub().threadpool.apply(sys.stdin.readline)
+
     def say_and_cancel(cancellation):
         tell(cancelled=time.monotonic())
         cancellation.cancel(CallerGone())
@@ -120,15 +126,22 @@ def script(base_url: str, authority: Path, body: str, **settings: Any) -> Iterat
     environ |= {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": KEY, "SSL_CERT_FILE": str(authority)}
     source = textwrap.dedent(PROLOGUE) + textwrap.dedent(body)
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", source, json.dumps(settings)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **PIPES) as process:
         try:
             yield process
             _, complaints = process.communicate(timeout=20)
             assert (process.returncode, complaints) == (0, "")
         finally:
             process.kill()
+
+
+PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+def give_word(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def test_a_hang_up_in_each_state_closes_the_upstream_within_50_ms_and_leaves_one
             for _ in range(5):
                 cancellation = Cancellation()
                 asking = gevent.spawn(code_of, lambda: ask(state, cancellation))
-                gevent.sleep(0.08)
+                wait_for_word()
                 say_and_cancel(cancellation)
                 asking.join(2)
                 tell(code=asking.value, took=time.monotonic())
@@ -239,6 +252,9 @@ def test_a_hang_up_in_each_state_closes_the_upstream_within_50_ms_and_leaves_one
         for number, state in enumerate(state for state in STATES for _ in range(5)):
             if number % 5 == 0:
                 delays = []
+            server.wait_for_requests(number + 1)
+            time.sleep(0.03)  # what follows the request is on its way
+            give_word(process)
             cancelled = told(process)["cancelled"]
             ended = told(process)
             assert ended["code"] == "caller_left", state
@@ -259,7 +275,7 @@ def test_a_hang_up_from_the_loop_itself_works_too(
     body = """
         cancellation = Cancellation()
         asking = gevent.spawn(code_of, lambda: ask("hi", cancellation))
-        gevent.sleep(0.1)
+        wait_for_word()
         timer = gevent.get_hub().loop.timer(0.01)
         timer.start(lambda: say_and_cancel(cancellation))
         asking.join(2)
@@ -268,6 +284,8 @@ def test_a_hang_up_from_the_loop_itself_works_too(
         tell(code=asking.value, left=left())
     """
     with script(server.base_url, tls[1], body, http=http) as process:
+        server.wait_for_requests(1)[0].wait_sent(len(head() + text("a")))
+        give_word(process)
         cancelled = told(process)["cancelled"]
         assert told(process) == {"code": "caller_left", "left": 0}
     assert server.requests[0].wait_left() - cancelled < 0.1
@@ -295,7 +313,9 @@ def test_a_pooled_connection_that_died_idle_costs_no_second_post(
     body = """
         first = ask()
         tell(first=first)
-        gevent.sleep(0.3)
+        kept = next(iter(upstream.client()._client._transport._idle.values()))[0]
+        while not kept.is_stale(time.monotonic(), 60):
+            gevent.sleep(0.005)
         tell(second=ask())
         upstream.close()
     """

@@ -239,10 +239,19 @@ def test_the_usual_port_gives_way_to_the_next_free_one() -> None:
         assert port < serve.choose_port(None, port) < port + 100
 
 
-def test_nginx_that_is_missing_is_named_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nginx_that_is_missing_is_named_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(serve.ProgramMissing, match="install Debian's package nginx"):
         serve.find_nginx()
+
+
+def test_a_library_that_the_local_model_lacks_is_named_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    with pytest.raises(serve.ProgramMissing, match="install Debian's package libgomp1"):
+        serve.find_openmp()
 
 
 def test_tokens_stand_in_the_line_and_make_nothing_public(tmp_path: Path) -> None:
