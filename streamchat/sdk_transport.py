@@ -17,7 +17,7 @@ import httpx2
 
 from .cancellation import Cancellation
 from .loop import NEVER, Loop
-from .transport import BODY, CURRENT, error_body
+from .transport import BODY, CURRENT, check_head, error_body
 
 
 class RelayedBody(httpx2.SyncByteStream):
@@ -101,6 +101,7 @@ class SdkTransport(httpx2.HTTPTransport):
         cancellation = CURRENT.get(None) or Cancellation()
         request.extensions = {**request.extensions, "trace": _Trace(cancellation)}
         response = super().handle_request(request)
+        check_head(response)
         body = RelayedBody(self._loop, request, response, cancellation)
         return httpx2.Response(response.status_code, headers=response.headers, stream=body, extensions={BODY: body})
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import httpx2
 
 from .cancellation import Cancellation
-from .connection import Connection, Exchange, connect, monotonic_in, write_head
+from .connection import HEAD_BYTES, Connection, Exchange, connect, monotonic_in, write_head
 from .loop import Loop
 
 BODY = "streamchat.body"  # the key of a response's extensions under which a Body stands
@@ -162,6 +162,13 @@ def _advance(connection: Connection, exchange: Exchange, until: float, late: Exc
     else:
         exchange.end()
     return True
+
+
+def check_head(response: httpx2.Response) -> None:
+    """The limit of connection.py for a head that a library has read. Closes the response, and raises, where it is over."""
+    if sum(len(name) + len(value) + 4 for name, value in response.headers.raw) > HEAD_BYTES:
+        response.close()
+        raise httpx2.RemoteProtocolError("the response's headers are too large")
 
 
 def error_body(body: Body) -> Iterator[bytes]:

@@ -65,7 +65,7 @@ def test_a_corrupt_chunk_is_malformed(asked: Asking, llmock: LLMock, after: int)
 
 def test_a_stalled_stream_can_be_told_and_left(asked: Asking, llmock: LLMock) -> None:
     """The limit between pieces is the reader's: a read ends in time, and closing ends the request."""
-    llmock.reply(REPLY).stall(after_chunks=3, seconds=30)
+    llmock.reply(REPLY).stall(after_chunks=3, seconds=5)
     reply = asked.open()
     started, events = time.monotonic(), []
     while (read := reply.read(time.monotonic() + 0.3)) is not None:
@@ -78,7 +78,7 @@ def test_a_stalled_stream_can_be_told_and_left(asked: Asking, llmock: LLMock) ->
 
 
 def test_a_model_that_is_silent_for_too_long_is_a_timeout_and_is_not_asked_again(llmock: LLMock) -> None:
-    llmock.delay(30)
+    llmock.delay(3)
     with asking(llmock.base_url(), first_token_timeout=0.3) as asked:
         assert code_of(asked) == "upstream_timeout"
         assert asked.trail.attempts == 1
@@ -125,7 +125,7 @@ def test_what_no_retry_can_fix_is_never_retried(asked: Asking, llmock: LLMock, s
     llmock.assert_resilient(strict=True)
 
 
-@pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504, 529])
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503])
 def test_an_outage_is_retried_with_growing_pauses_and_given_up(
     quick: None, asked: Asking, llmock: LLMock, status: int
 ) -> None:

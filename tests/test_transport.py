@@ -163,9 +163,11 @@ def test_connections_left_over_from_a_busier_time_are_closed(
         read_whole(body)
         body.close()
     assert upstream.open_connections == 5
+    transport.reap()
+    assert len(next(iter(transport._idle.values()))) == 5
     monkeypatch.setattr("streamchat.transport.KEEP_SECONDS", 0.0)
-    ask(transport, upstream)
-    upstream.wait_for(lambda: upstream.open_connections == 1)
+    transport.reap()
+    upstream.wait_for(lambda: upstream.open_connections == 0)
 
 
 def test_a_full_pool_refuses_at_once_and_has_room_again_after_a_close(

@@ -114,9 +114,12 @@ def server(request: pytest.FixtureRequest, tls: tuple[ssl.SSLContext, Path]) -> 
         yield upstream
 
 
-@pytest.fixture(params=["fast", "sdk"])
-def http(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+# A process each: what does not depend on the way is tried over two of the four.
+EVERY_WAY = pytest.mark.parametrize(
+    ("server", "http"), [(line, http) for line in ("plain", "tls") for http in ("fast", "sdk")], indirect=["server"]
+)
+TWO_WAYS = pytest.mark.parametrize(("server", "http"), [("tls", "fast"), ("plain", "sdk")], indirect=["server"])
+TLS_ONLY = pytest.mark.parametrize("server", ["tls"], indirect=True)
 
 
 @contextmanager
@@ -155,6 +158,7 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     return facts
 
 
+@TWO_WAYS
 def test_answers_are_whole_and_connections_kept_and_let_go(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -168,6 +172,7 @@ def test_answers_are_whole_and_connections_kept_and_let_go(
     assert server.connections <= 2 or http == "sdk"
 
 
+@TWO_WAYS
 def test_many_greenlets_get_their_own_answers(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -185,6 +190,7 @@ def test_many_greenlets_get_their_own_answers(
         assert told(process) == {"right": 60, "left": 0}
 
 
+@TWO_WAYS
 def test_other_greenlets_run_while_one_waits_and_reads_end_in_time(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -231,6 +237,7 @@ STATES: dict[str, Step] = {
 }
 
 
+@EVERY_WAY
 def test_a_hang_up_in_each_state_closes_the_upstream_within_50_ms_and_leaves_one_post(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -267,6 +274,7 @@ def test_a_hang_up_in_each_state_closes_the_upstream_within_50_ms_and_leaves_one
     assert len(server.requests) == 5 * len(STATES)
 
 
+@TWO_WAYS
 def test_a_hang_up_from_the_loop_itself_works_too(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -291,6 +299,7 @@ def test_a_hang_up_from_the_loop_itself_works_too(
     assert server.requests[0].wait_left() - cancelled < 0.1
 
 
+@TLS_ONLY
 @pytest.mark.parametrize("end", [Hang(), Repeat([Pause(0.005), http_chunk(b": trickle\n\n")], 1000)])
 def test_an_end_that_does_not_come_after_done_costs_less_than_100_ms(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], end: Step
@@ -307,6 +316,7 @@ def test_an_end_that_does_not_come_after_done_costs_less_than_100_ms(
         assert told(process)["took"] < 0.1
 
 
+@TLS_ONLY
 def test_a_pooled_connection_that_died_idle_costs_no_second_post(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]
 ) -> None:
@@ -339,6 +349,7 @@ ROWS: dict[str, tuple[Step, str]] = {
 }
 
 
+@TWO_WAYS
 def test_faults_have_the_same_codes_under_gevent(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path], http: str
 ) -> None:
@@ -354,6 +365,7 @@ def test_faults_have_the_same_codes_under_gevent(
         assert told(process) == {"left": 0}
 
 
+@TLS_ONLY
 def test_bytes_without_end_do_not_starve_the_other_greenlets(
     server: FakeUpstream, tls: tuple[ssl.SSLContext, Path]
 ) -> None:

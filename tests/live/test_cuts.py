@@ -26,6 +26,7 @@ from tests.fake_upstream import (
     sse,
     text,
 )
+from tests.live.hops import HOPS
 from tests.live.readers import FORMATS, JSON, READERS, TEXT, Seen, by_curl, by_socket
 from tests.live.servers import Server, flask_run, gunicorn, nginx
 
@@ -94,13 +95,6 @@ def script_of(request: RecordedRequest) -> Step:
     return answer(PIECES)
 
 
-def speak_http10(configuration: str) -> str:
-    """An old hop: nginx before 1.29.7 as its defaults are, or told so."""
-    assert configuration.count("proxy_http_version 1.1;") == 1
-    return configuration.replace("proxy_http_version 1.1;", "proxy_http_version 1.0;")
-
-
-HOPS: dict[str, Callable[[str], str] | None] = {"nginx": None, "nginx by HTTP/1.0": speak_http10}
 ROUTES = [(server, hop) for server in SERVERS for hop in ("direct", *HOPS)]
 
 

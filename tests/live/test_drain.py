@@ -31,6 +31,7 @@ from tests.fake_upstream import (
     text,
     usage_chunk,
 )
+from tests.live.hops import HOPS
 from tests.live.readers import (
     FORMATS,
     JSON,
@@ -229,13 +230,13 @@ def stopped_listening(pid: int) -> bool:
     return not listening & open_sockets
 
 
-@pytest.mark.parametrize("hop", ["direct", "nginx"])
+@pytest.mark.parametrize("hop", ["direct", "nginx", "nginx by HTTP/1.0"])
 def test_a_killed_worker_is_a_broken_end_in_every_format(model: Model, tmp_path: Path, hop: str) -> None:
     with gunicorn(model.fake.base_url, tmp_path, coalesce_ms="0") as server, ThreadPoolExecutor(8) as pool:
         if hop == "direct":
             seen = kill_under(model, server, pool, server.port)
         else:
-            with nginx(server, tmp_path) as proxy:
+            with nginx(server, tmp_path, HOPS[hop]) as proxy:
                 seen = kill_under(model, server, pool, proxy.port)
     for accept, cut in seen:
         assert (cut.status, cut.whole) == (200, False), (accept, cut)
