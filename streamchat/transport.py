@@ -165,7 +165,7 @@ def _advance(connection: Connection, exchange: Exchange, until: float, late: Exc
 
 
 def check_head(response: httpx2.Response) -> None:
-    """The limit of connection.py for a head that a library has read. Closes the response, and raises, where it is over."""
+    """The same limit for a head that a library has read; closes the response, and raises, where it is over."""
     if sum(len(name) + len(value) + 4 for name, value in response.headers.raw) > HEAD_BYTES:
         response.close()
         raise httpx2.RemoteProtocolError("the response's headers are too large")
