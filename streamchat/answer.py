@@ -206,9 +206,9 @@ class Answer:
     def _rest(self) -> None:
         """Joins what comes within the coalescing time: after the first pieces there is one read in it."""
         if self._reads >= EAGER_PIECES:
-            pause = self._last_read + self._settings.coalesce_ms / 1000 - time.monotonic()
-            if pause > 0:
-                time.sleep(pause)
+            until = self._last_read + self._settings.coalesce_ms / 1000
+            if until > time.monotonic():
+                self._loop.pause(until)
         self._last_read = time.monotonic()
 
     def _encode(self, event: Event) -> bytes:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+STEP = 0.005  # seconds; how late a pause may end: small beside the 25 ms in which pieces are joined
 TICK = 0.1  # seconds; how late a wait under gevent may end: far below every time limit that is set in seconds
 NEVER = float("inf")
 
@@ -43,6 +44,9 @@ class Loop(Protocol):
 
         Neither may wait.
         """
+
+    def pause(self, until: float) -> None:
+        """Waits for the monotonic time `until`, whatever happens meanwhile."""
 
     def is_readable(self, fd: int) -> bool:
         """Asks once, without waiting."""
@@ -118,6 +122,9 @@ class ThreadLoop:
 
         return stop
 
+    def pause(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.monotonic()))
+
     def is_readable(self, fd: int) -> bool:
         return _PollWaiter(fd).readable(0)
 
@@ -126,7 +133,7 @@ class ThreadLoop:
 
 
 class GeventLoop:
-    """gevent's hub. One ticker looks after the time limits of all waits."""
+    """gevent's hub. One ticker looks after the time limits of all waits, a faster one after all pauses."""
 
     def __init__(self) -> None:
         import gevent
@@ -137,9 +144,8 @@ class GeventLoop:
         # gevent takes select.epoll away and makes select.poll its own: both are asked here without waiting.
         self._poll, self._epoll = monkey.get_original("select", ["poll", "epoll"])
         self.killed: tuple[type[BaseException], ...] = (gevent.GreenletExit,)
-        self._waits: dict[_GeventWaiter, float] = {}
-        self._ticker: Any = self._hub.loop.timer(TICK, TICK, ref=False)
-        self._ticking = False
+        self._limits = _Ticker(self._hub.loop, TICK)
+        self._pauses = _Ticker(self._hub.loop, STEP)
 
     def waiter(self, fd: int) -> Waiter:
         return _GeventWaiter(self, fd)
@@ -170,26 +176,41 @@ class GeventLoop:
         poll.register(fd, select.POLLIN if events == 1 else select.POLLOUT)
         return bool(poll.poll(0))
 
-    def switch_out(self, waiter: _GeventWaiter, until: float) -> bool:
-        """Leaves to the hub until the waiter's watcher or the ticker comes back."""
-        if not self._ticking:
-            self._ticking = True
-            self._ticker.start(self._tick)
-        self._waits[waiter] = until
+    def switch_out(self, until: float) -> bool:
+        """Leaves to the hub until somebody switches back, or the limit's ticker does, with False."""
+        return self._limits.switch_out(self._hub, self._gevent.getcurrent(), until)
+
+    def pause(self, until: float) -> None:
+        self._pauses.switch_out(self._hub, self._gevent.getcurrent(), until)
+
+
+class _Ticker:
+    """One timer for all greenlets that wait for a time: it runs while there are any."""
+
+    def __init__(self, loop: Any, step: float) -> None:
+        self._due: dict[Any, float] = {}
+        self._timer = loop.timer(step, step, ref=False)
+        self._running = False
+
+    def switch_out(self, hub: Any, greenlet: Any, until: float) -> bool:
+        if not self._running:
+            self._running = True
+            self._timer.start(self._tick)
+        self._due[greenlet] = until
         try:
-            return bool(self._hub.switch())
+            return bool(hub.switch())
         finally:
-            del self._waits[waiter]
+            del self._due[greenlet]
 
     def _tick(self) -> None:
-        if not self._waits:
-            self._ticking = False
-            self._ticker.stop()
+        if not self._due:
+            self._running = False
+            self._timer.stop()
             return
         now = time.monotonic()
-        for waiter in [waiter for waiter, until in self._waits.items() if until <= now]:
-            if self._waits.get(waiter, NEVER) <= now:  # one that woke meanwhile may wait for something else
-                waiter.end()
+        for greenlet in [greenlet for greenlet, until in self._due.items() if until <= now]:
+            if self._due.get(greenlet, NEVER) <= now:  # one that woke meanwhile may wait for something else
+                greenlet.switch(False)
 
 
 class _GeventWaiter:
@@ -197,7 +218,6 @@ class _GeventWaiter:
         self._loop = loop
         self._fd = fd
         self._watchers: dict[int, Any] = {}
-        self._greenlet: Any = None
 
     def readable(self, until: float) -> bool:
         return self._wait(1, until)
@@ -211,15 +231,11 @@ class _GeventWaiter:
         watcher = self._watchers.get(events)
         if watcher is None:
             watcher = self._watchers[events] = self._loop._hub.loop.io(self._fd, events)
-        self._greenlet = self._loop._gevent.getcurrent()
-        watcher.start(self._greenlet.switch, True)
+        watcher.start(self._loop._gevent.getcurrent().switch, True)
         try:
-            return self._loop.switch_out(self, until)
+            return self._loop.switch_out(until)
         finally:
             watcher.stop()
-
-    def end(self) -> None:
-        self._greenlet.switch(False)
 
     def close(self) -> None:
         for watcher in self._watchers.values():
