@@ -1,4 +1,4 @@
-"""The app that is deployed as it is: environment variables in, one streamchat blueprint under /api out."""
+"""The app that is deployed as it is: environment variables in, a streamchat blueprint under /api out, its page at /."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app = Flask(__name__)
     app.config.update(read_environ(environ))
     app.secret_key = environ.get("SECRET_KEY") or secrets.token_hex(32)
-    StreamChat(app)
+    StreamChat(app, page="/")
     return app
 
 

@@ -156,6 +156,7 @@ def _welcome(port: int, environment: Mapping[str, str]) -> str:
     body = """-d '{"message": "Tell me a story about the sea."}'"""
     return f"""
 streamchat listens on {address}
+page:  {address}/
 model: {model}
 ask:   curl -N {address}/api/get-response{token} -H 'Content-Type: application/json' {body}
 stop:  Ctrl-C

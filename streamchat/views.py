@@ -23,6 +23,7 @@ from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, U
 from .hangup import Caller
 from .ledger import Record
 from .mount import Hooks, Mount
+from .page import add_page
 from .schema import ChatRequest, parse_request
 from .upstream import ClientFactory
 
@@ -68,16 +69,18 @@ def create_blueprint(
     error_text: Callable[[str, str | None], str | None] | None = None,
     make_id: Callable[[], str] | None = None,
     decorators: Sequence[Callable[[Any], Any]] = (),
+    page: bool | str = False,
     **overrides: Any,
 ) -> Blueprint:
     """A blueprint with `POST /get-response` and `GET /healthz`, to be registered under any prefix.
 
     `overrides` are settings without their prefix, such as model="gpt-4.1"; they win over app.config. Settings are
     read when the blueprint is registered; a bad one raises SettingsError there. `decorators` wrap the answering view,
-    the first outermost.
+    the first outermost. `page` adds the chat page: True at the blueprint's own root, a text at that path of the app.
     """
     hooks = Hooks(authorize, build_messages, before_wait, client_factory, on_finish, error_text, make_id)
-    blueprint = Blueprint(name, __name__)
+    folders: dict[str, Any] = {"static_folder": "static", "static_url_path": "/assets", "template_folder": "templates"}
+    blueprint = Blueprint(name, __name__, **folders)
 
     def mount(state: BlueprintSetupState) -> None:
         mounts = state.app.extensions.setdefault(EXTENSION, {})
@@ -92,6 +95,8 @@ def create_blueprint(
         "/get-response", "get_response", view, methods=["POST", "OPTIONS"], provide_automatic_options=False
     )
     blueprint.add_url_rule("/healthz", "healthz", healthz)
+    if page:
+        add_page(blueprint, page, _mount)
     blueprint.after_request(_identify)
     blueprint.teardown_request(_teardown)
     return blueprint

@@ -55,8 +55,9 @@ LAYERS = {
         4, "access answer encoders errors hangup ledger live loop schema settings upstream", "flask"
     ),
     "cli": Layer(4, "mount settings", "click flask"),
+    "page": Layer(4, "mount", "flask"),
     "views": Layer(
-        5, "access answer cli encoders errors hangup ledger mount schema upstream", "flask werkzeug"
+        5, "access answer cli encoders errors hangup ledger mount page schema upstream", "flask werkzeug"
     ),
     "extension": Layer(6, "mount views", "flask"),
     "__init__": Layer(7, "errors extension ledger schema settings views"),
