@@ -90,7 +90,7 @@ def test_a_copy_without_limits_has_lost_these_lines_and_no_others(tmp_path: Path
 
     without = lines(limits=False)
     lost = [line.strip() for line in lines(limits=True) if line not in without]
-    assert lost == ["limit_conn streams 100;", "limit_req zone=requests burst=40 nodelay;"]
+    assert lost == ["limit_conn streams 100;", "limit_req zone=requests burst=120 nodelay;"]
 
 
 def test_a_line_that_a_copy_must_change_and_does_not_find_is_an_error(
