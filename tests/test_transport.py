@@ -126,13 +126,16 @@ def test_an_end_that_does_not_come_costs_less_than_100_ms(
     transport: FastTransport, upstream: FakeUpstream, end: Step
 ) -> None:
     upstream.script = [head(), done(), end]
-    body = body_of(post(transport, upstream.base_url))
-    assert body.read(time.monotonic() + 5)
-    started = time.monotonic()
-    body.drain()
-    body.close()
-    assert time.monotonic() - started < 0.1
-    upstream.requests[0].wait_left()
+    took = []
+    for number in range(3):
+        body = body_of(post(transport, upstream.base_url))
+        assert body.read(time.monotonic() + 5)
+        started = time.monotonic()
+        body.drain()
+        body.close()
+        took.append(time.monotonic() - started)
+        upstream.requests[number].wait_left()
+    assert sorted(took)[1] < 0.1, took  # the median: the machine has other work too
 
 
 @pytest.mark.parametrize("how", ["fin", "rst", "speaks out of turn"])

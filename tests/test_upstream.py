@@ -573,14 +573,18 @@ def test_a_reader_that_asks_often_gets_the_usage_that_comes_a_little_later(asked
 def test_a_trickling_end_after_done_delays_nothing(asked: Asking, server: FakeUpstream, end: Step) -> None:
     server.script = [head(), text("a"), finish(), done(), end]
     sent = len(head() + text("a") + finish() + done())
-    reply = asked.open()
-    server.requests[0].wait_sent(sent)
-    started = time.monotonic()
-    assert read_all(reply)[-1] == Finish("stop")
-    assert time.monotonic() - started < 0.05
-    reply.close()
-    assert time.monotonic() - started < 0.1
-    server.requests[0].wait_left()
+    read, closed = [], []
+    for number in range(3):
+        reply = asked.open()
+        server.requests[number].wait_sent(sent)
+        started = time.monotonic()
+        assert read_all(reply)[-1] == Finish("stop")
+        read.append(time.monotonic() - started)
+        reply.close()
+        closed.append(time.monotonic() - started)
+        server.requests[number].wait_left()
+    assert sorted(read)[1] < 0.05, read  # the median: the machine has other work too
+    assert sorted(closed)[1] < 0.1, closed
 
 
 # --- both paths -----------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_a_hang_up_in_each_state_closes_the_upstream_within_50_ms_and_leaves_one
         for number, state in enumerate(state for state in STATES for _ in range(5)):
             if number % 5 == 0:
                 delays = []
-            server.wait_for_requests(number + 1)
+            server.wait_for_requests(number + 1, 20)  # the first: once the process has started
             time.sleep(0.03)  # what follows the request is on its way
             give_word(process)
             cancelled = told(process)["cancelled"]
@@ -292,7 +292,7 @@ def test_a_hang_up_from_the_loop_itself_works_too(
         tell(code=asking.value, left=left())
     """
     with script(server.base_url, tls[1], body, http=http) as process:
-        server.wait_for_requests(1)[0].wait_sent(len(head() + text("a")))
+        server.wait_for_requests(1, 20)[0].wait_sent(len(head() + text("a")))
         give_word(process)
         cancelled = told(process)["cancelled"]
         assert told(process) == {"code": "caller_left", "left": 0}
@@ -306,14 +306,17 @@ def test_an_end_that_does_not_come_after_done_costs_less_than_100_ms(
 ) -> None:
     server.script = [head(), text("a"), finish(), done(), end]
     body = """
-        reply = open_reply()
-        events = read_all(reply)
-        started = time.monotonic()
-        reply.close()
-        tell(took=time.monotonic() - started)
+        took = []
+        for _ in range(3):
+            reply = open_reply()
+            read_all(reply)
+            started = time.monotonic()
+            reply.close()
+            took.append(time.monotonic() - started)
+        tell(median=sorted(took)[1])
     """
     with script(server.base_url, tls[1], body) as process:
-        assert told(process)["took"] < 0.1
+        assert told(process)["median"] < 0.1
 
 
 @TLS_ONLY
