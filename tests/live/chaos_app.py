@@ -12,7 +12,7 @@ import threading
 from functools import cache
 from typing import Any
 
-import greenlet  # type: ignore[import-untyped]
+import greenlet
 import httpx2
 import openai
 from flask import Flask, Response, jsonify, request
