@@ -20,9 +20,9 @@ from .ledger import Record
 from .live import Live
 from .loop import NEVER, Loop
 from .opening import Opening, Source
+from .prompt import Prompt
 from .settings import Settings
 from .tally import Tally
-from .upstream import Prompt
 
 logger = logging.getLogger("streamchat")
 

@@ -84,8 +84,8 @@ class SseDecoder:
             self._data.append(b"")
 
 
-class ChatDecoder:
-    """Bytes of a Chat Completions stream to events; ends with Finish, or raises an UpstreamFailure."""
+class StreamDecoder:
+    """Bytes of an answer's stream to events; ends with Finish, or raises an UpstreamFailure."""
 
     def __init__(self) -> None:
         self._sse = SseDecoder()
@@ -94,7 +94,7 @@ class ChatDecoder:
         self.failure: UpstreamFailure | None = None  # raised by the next call
         self._usage: Usage | None = None
         self.finished = False
-        self.done = False  # [DONE] was seen: the upstream has said all
+        self.done = False  # the upstream has said all
         self.error_code: str | None = None
 
     @property
@@ -124,6 +124,8 @@ class ChatDecoder:
                 self.done = True
                 break
             events += self._chunk(kind, payload)
+            if self.done:
+                break
         if self.done or not data:
             events += self.conclude()
 
@@ -156,7 +158,23 @@ class ChatDecoder:
         return error_kind(error, UpstreamError)()
 
     def _events(self, chunk: dict[str, Any]) -> list[Event]:
-        self._usage = _usage(chunk.get("usage")) or self._usage
+        """The events of one chunk. What it raises by a wrong shape becomes UpstreamMalformed."""
+        raise NotImplementedError
+
+    def _text(self, kind: str, text: Any) -> list[Event]:
+        """A piece of text, reasoning or refusal; [] where nothing of it can be told yet."""
+        whole = self._join.join(kind, _string(text)) if text else ""
+        return [_TEXTS[kind](whole)] if whole else []
+
+    def _arguments(self, index: int, text: Any) -> str:
+        return self._join.join(f"tool {index}", _string(text or ""))
+
+
+class ChatDecoder(StreamDecoder):
+    """Bytes of a Chat Completions stream to events."""
+
+    def _events(self, chunk: dict[str, Any]) -> list[Event]:
+        self._usage = usage_of(chunk.get("usage"), "prompt_tokens", "completion_tokens") or self._usage
         for choice in chunk.get("choices") or ():
             if choice.get("index") or 0:
                 continue  # we ask for one answer; a second one is nobody's
@@ -170,17 +188,14 @@ class ChatDecoder:
             value = delta.get(field)
             if field == "reasoning" and value == delta.get("reasoning_content"):
                 continue  # vLLM sends both names for a while
-            if value:
-                text = self._join.join(kind, _string(value))
-                if text:
-                    yield _TEXTS[kind](text)
+            yield from self._text(kind, value)
         for call in delta.get("tool_calls") or ():
             yield self._tool_call(call)
 
     def _tool_call(self, call: dict[str, Any]) -> ToolCall:
         function, index = call.get("function") or {}, int(call.get("index") or 0)
-        arguments = self._join.join(f"tool {index}", _string(function.get("arguments") or ""))
-        return ToolCall(index, _name(call.get("id")), _name(function.get("name")), arguments)
+        arguments = self._arguments(index, function.get("arguments"))
+        return ToolCall(index, optional_string(call.get("id")), optional_string(function.get("name")), arguments)
 
 
 _FIELDS = (
@@ -227,7 +242,7 @@ def _string(value: Any) -> str:
     return value
 
 
-def _name(value: Any) -> str | None:
+def optional_string(value: Any) -> str | None:
     return None if value is None else _string(value)
 
 
@@ -236,11 +251,11 @@ def _rest(kind: str, text: str) -> Event:
     return make(text) if make else ToolCall(int(kind.removeprefix("tool ")), None, None, text)
 
 
-def _usage(usage: Any) -> Usage | None:
+def usage_of(usage: Any, sent_name: str, received_name: str) -> Usage | None:
     """None where it cannot be read: an answer is not lost for its bill, which is estimated then."""
     if not isinstance(usage, dict):
         return None
-    sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+    sent, received = usage.get(sent_name), usage.get(received_name) or 0
     if type(sent) is not int or type(received) is not int or sent < 0 or received < 0:
         return None
     return Usage(sent, received)

@@ -6,18 +6,18 @@ An encoder owns what it writes and remembers only what its format needs. It neve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from .errors import NotAcceptable
-from .events import ENDS, Event, Finish, Refusal, Start, Text, to_json, usage_json
+from .events import ENDS, Event, Finish, Reasoning, Refusal, Start, Text, ToolCall, to_json, usage_json
 
 # ensure_ascii: U+2028 and its kin are line ends to some readers (requests' iter_lines), and a lone
 # surrogate has no UTF-8. One line, since both SSE and NDJSON end a record at a line feed.
-_dumps: Callable[[object], str] = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
+dumps: Callable[[object], str] = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 class Encoder:
@@ -33,6 +33,8 @@ class Encoder:
     heartbeat: ClassVar[bytes] = b""
     patient: ClassVar[bool] = False
     in_band: ClassVar[bool] = True
+    whole: ClassVar[bool] = False  # one body, written when the answer has ended
+    headers: ClassVar[dict[str, str]] = {}
 
     def writes(self, event: Event) -> bool:
         """Whether this event decides the status: its bytes are more than the opening."""
@@ -65,7 +67,7 @@ class SseEncoder(Encoder):
     heartbeat = b": keep-alive\n"
 
     def encode(self, seq: int, event: Event) -> bytes:
-        return f"id: {seq}\nevent: {event.type}\ndata: {_dumps(to_json(seq, event))}\n\n".encode("ascii")
+        return f"id: {seq}\nevent: {event.type}\ndata: {dumps(to_json(seq, event))}\n\n".encode("ascii")
 
 
 class NdjsonEncoder(Encoder):
@@ -76,41 +78,62 @@ class NdjsonEncoder(Encoder):
     heartbeat = b'{"type":"heartbeat"}\n'
 
     def encode(self, seq: int, event: Event) -> bytes:
-        return _dumps(to_json(seq, event)).encode("ascii") + b"\n"
+        return dumps(to_json(seq, event)).encode("ascii") + b"\n"
 
 
-class JsonEncoder(Encoder):
-    """The whole answer as one object, written when the answer ends; its status is always the true one."""
+class WholeEncoder(Encoder):
+    """Gathers an answer, and writes it when it ends; its status is always the true one."""
 
     mimetype = "application/json"
     content_type = "application/json; charset=utf-8"
     patient = True
     in_band = False
+    whole = True
 
     def __init__(self) -> None:
-        self._start: Start | None = None
-        self._text: list[str] = []
+        self.start: Start | None = None
+        self.texts: dict[str, list[str]] = {}
+        self.calls: dict[int, ToolCall] = {}
 
     def writes(self, event: Event) -> bool:
         return isinstance(event, ENDS)
 
     def encode(self, seq: int, event: Event) -> bytes:
         if isinstance(event, Start):
-            self._start = event
-        elif isinstance(event, (Text, Refusal)):
-            self._text.append(event.text)
+            self.start = event
+        elif isinstance(event, (Text, Reasoning, Refusal)):
+            self.texts.setdefault(event.type, []).append(event.text)
+        elif isinstance(event, ToolCall):
+            self.calls[event.index] = joined(self.calls.get(event.index), event)
         elif isinstance(event, Finish):
-            return _dumps(self._whole(event)).encode("ascii") + b"\n"
+            assert self.start is not None, "an answer begins with Start"
+            return dumps(self.body(self.start, event)).encode("ascii") + b"\n"
         return b""
 
-    def _whole(self, finish: Finish) -> dict[str, object]:
-        assert self._start is not None, "an answer begins with Start"
+    def text(self, kind: str) -> str:
+        return "".join(self.texts.get(kind, ()))
+
+    def body(self, start: Start, finish: Finish) -> dict[str, object]:
+        raise NotImplementedError
+
+
+def joined(call: ToolCall | None, piece: ToolCall) -> ToolCall:
+    """A tool call with one more piece of it."""
+    if call is None:
+        return piece
+    return ToolCall(call.index, call.id or piece.id, call.name or piece.name, call.arguments + piece.arguments)
+
+
+class JsonEncoder(WholeEncoder):
+    """The whole answer as one object of ours."""
+
+    def body(self, start: Start, finish: Finish) -> dict[str, object]:
         return {
-            "id": self._start.id,
+            "id": start.id,
             "status": "completed",
-            "model": self._start.model,
-            "created_at": self._start.created_at,
-            "text": "".join(self._text),
+            "model": start.model,
+            "created_at": start.created_at,
+            "text": self.text("text") + self.text("refusal"),
             "finish_reason": finish.finish_reason,
             "usage": usage_json(finish.usage),
             "error": None,
@@ -123,16 +146,16 @@ ENCODERS: dict[str, type[Encoder]] = {
 }
 
 
-def choose_encoder(accept: str | None) -> type[Encoder]:
-    """The format that an Accept header (RFC 9110 12.5.1) likes best; text/plain for none and for */*.
+def choose_encoder(accept: str | None, offered: Mapping[str, type[Encoder]] = ENCODERS) -> type[Encoder]:
+    """The format that an Accept header (RFC 9110 12.5.1) likes best; the first one offered for none and for */*.
 
     Raises NotAcceptable where it names only what we cannot write.
     """
     if not accept or not accept.strip():
-        return TextEncoder
+        return next(iter(offered.values()))
     # Parameters do not tell our formats apart: "text/event-stream; charset=utf-8" is what we write.
     ranges = [(value.partition(";")[0].strip(), quality) for value, quality in parse_accept_header(accept, MIMEAccept)]
-    best = MIMEAccept(ranges).best_match(ENCODERS)
+    best = MIMEAccept(ranges).best_match(offered)
     if best is None:
-        raise NotAcceptable(f"The header Accept must allow one of: {', '.join(ENCODERS)}.")
-    return ENCODERS[best]
+        raise NotAcceptable(f"The header Accept must allow one of: {', '.join(offered)}.")
+    return offered[best]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from blinker import Namespace
 
@@ -39,6 +39,9 @@ class Record:
     upstream_code: str | None
 
 
+FIELDS = tuple(field.name for field in fields(Record))
+
+
 @dataclass(slots=True)
 class Trail:
     """What the upstream's side left, for on-call: filled while the answer goes on. Never the upstream's words."""
@@ -51,7 +54,8 @@ class Trail:
 
 def log_record(record: Record) -> None:
     """The one line of an answer: key=value for people, the record itself as `record.answer` for handlers."""
-    line = " ".join(f"{name}={_shown(value)}" for name, value in asdict(record).items() if value is not None)
+    told = ((name, getattr(record, name)) for name in FIELDS)
+    line = " ".join(f"{name}={_shown(value)}" for name, value in told if value is not None)
     logger.info("answer %s", line, extra={"answer": record})
 
 

@@ -23,9 +23,10 @@ from .hangup import Caller
 from .ledger import Record, answer_finished, answer_started, log_record
 from .live import Live
 from .loop import Loop, choose_loop
+from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
-from .upstream import ClientFactory, Prompt, Upstream, check_credentials
+from .upstream import ClientFactory, Upstream, check_credentials
 
 logger = logging.getLogger("streamchat")
 
@@ -137,7 +138,7 @@ class Mount:
         if self.hooks.build_messages is not None:
             return self.hooks.build_messages(asked, user)
         system = self.settings.system_prompt
-        turns = [{"role": turn.role, "content": turn.content} for turn in asked.messages]
+        turns = asked.wire or [{"role": turn.role, "content": turn.content} for turn in asked.messages]
         return [{"role": "system", "content": system}, *turns] if system else turns
 
     def _close_database(self) -> None:

@@ -6,13 +6,14 @@ What a caller may not set is refused, not ignored; no error repeats what the cal
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InvalidRequest, PayloadTooLarge
-from .settings import Settings
+from .settings import PARAMS, Settings
 
 CONTEXT_BYTES = 4096  # the shop's own object; an id or two, not a place for documents
 
@@ -25,12 +26,19 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a caller asks, after every check. `params` holds only what the settings let callers set."""
+    """What a caller asks, after every check. `params` holds only what the settings let callers set.
+
+    `wire` holds the messages of an OpenAI client as it sent them, with tool calls and other roles; None for all others.
+    """
 
     messages: tuple[Message, ...]
     model: str
-    params: dict[str, float | int]
+    params: dict[str, Any]
     context: dict[str, Any]
+    wire: tuple[dict[str, Any], ...] | None = None
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Message(BaseModel):
@@ -57,20 +65,21 @@ def parse_request(body: bytes, settings: Settings) -> ChatRequest:
 
     Raises InvalidRequest (400), naming the field, or PayloadTooLarge (413) for too much text.
     """
-    parsed = _validated(body)
+    parsed = validated(_Body, body)
     messages = _messages(parsed)
-    _check_size(messages, settings)
+    check_size(messages, settings)
     return ChatRequest(
         messages=messages,
-        model=_model(parsed.model, settings),
+        model=check_model(parsed.model, settings),
         params=_params(parsed, settings),
-        context=_context(parsed.context),
+        context=check_context(parsed.context),
     )
 
 
-def _validated(body: bytes) -> _Body:
+def validated(kind: type[Kind], body: bytes) -> Kind:
+    """The body as a model. Raises InvalidRequest, naming the field."""
     try:
-        return _Body.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         # Input and cause stay out: they hold what the caller wrote.
         reason = _reason(error.errors(include_url=False, include_input=False, include_context=False)[0])
@@ -111,23 +120,24 @@ def _messages(body: _Body) -> tuple[Message, ...]:
     return tuple(Message(message.role, message.content) for message in given)
 
 
-def _check_size(messages: tuple[Message, ...], settings: Settings) -> None:
+def check_size(messages: tuple[Message, ...], settings: Settings) -> None:
     if sum(len(message.content) for message in messages) > settings.max_input_chars:
         raise PayloadTooLarge(f"The messages hold more than {settings.max_input_chars} characters.")
 
 
-def _model(model: str | None, settings: Settings) -> str:
+def check_model(model: str | None, settings: Settings) -> str:
     if model is not None and model != settings.model and model not in settings.models:
         raise InvalidRequest('The field "model" names a model that is not offered here.')
     return model or settings.model
 
 
-def _params(body: _Body, settings: Settings) -> dict[str, float | int]:
-    sent = {
-        name: value
-        for name in ("temperature", "top_p", "max_output_tokens")
-        if (value := getattr(body, name)) is not None
-    }
+def _params(body: _Body, settings: Settings) -> dict[str, Any]:
+    return check_params({name: getattr(body, name) for name in PARAMS}, settings)
+
+
+def check_params(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Those that were sent. Raises InvalidRequest for one that callers may not set."""
+    sent = {name: value for name, value in given.items() if value is not None}
     for name in sent:
         if name not in settings.params:
             raise InvalidRequest(f'The field "{name}" may not be set here.')
@@ -136,7 +146,7 @@ def _params(body: _Body, settings: Settings) -> dict[str, float | int]:
     return sent
 
 
-def _context(context: dict[str, Any] | None) -> dict[str, Any]:
+def check_context(context: dict[str, Any] | None) -> dict[str, Any]:
     if not context:
         return {}
     try:

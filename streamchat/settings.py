@@ -18,6 +18,24 @@ PREFIX = "STREAMCHAT_"
 Check = Callable[[Any], Any]  # returns the value to keep, raises ValueError with "must be ..."
 
 PARAMS = ("temperature", "top_p", "max_output_tokens")
+# What an OpenAI client may send besides, where the operator names it. `n` and `logprobs` are not among them: one answer
+# is relayed, and its text.
+GATEWAY_PARAMS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "stop",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "reasoning_effort",
+    "verbosity",
+    "service_tier",
+    "metadata",
+    "user",
+)
 
 
 def _text(value: Any) -> str:
@@ -75,8 +93,8 @@ def _one_of(*allowed: str) -> Check:
 
 def _params(value: Any) -> tuple[str, ...]:
     names = _names(value)
-    if not set(names) <= set(PARAMS):
-        raise ValueError(f"must be a list of some of: {', '.join(PARAMS)}")
+    if not set(names) <= {*PARAMS, *GATEWAY_PARAMS}:
+        raise ValueError(f"must be a list of some of: {', '.join((*PARAMS, *GATEWAY_PARAMS))}")
     return names
 
 
@@ -128,7 +146,7 @@ class Settings:
     model: str = _setting("gpt-4.1-mini", _name, "The model that answers.")
     models: tuple[str, ...] = _setting((), _names, "Further models that callers may choose by name.")
     params: tuple[str, ...] = _setting(
-        (), _params, "Request fields that callers may set: temperature, top_p, max_output_tokens."
+        (), _params, "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway more."
     )
     system_prompt: str = _setting("", _text, "What the model is told before the conversation.", secret=True)
     max_output_tokens: int = _setting(4096, _whole(1, 10_000_000), "The longest answer, in tokens.")
@@ -143,6 +161,10 @@ class Settings:
     http: str = _setting(
         "auto", _one_of("auto", "fast", "sdk"), "How the upstream is reached: fast is ours, sdk is the SDK's own."
     )
+    upstream_api: str = _setting(
+        "chat", _one_of("chat", "responses"), "The upstream's API: Chat Completions or Responses."
+    )
+    gateway: bool = _setting(False, _flag, "POST /v1/chat/completions and GET /v1/models answer OpenAI's own clients.")
     connect_timeout: float = _setting(5.0, _seconds(0.01, 600), "Longest wait for a connection, all addresses.")
     first_token_timeout: float = _setting(120.0, _seconds(0.01, 86_400), "Longest wait for the first piece.")
     idle_timeout: float = _setting(60.0, _seconds(0.01, 86_400), "Longest silence between two pieces.")

@@ -9,15 +9,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
 import openai
 
 from .cancellation import Cancellation
-from .decoder import ChatDecoder
+from .decoder import StreamDecoder
 from .errors import (
     Interrupted,
     Overloaded,
@@ -31,6 +30,7 @@ from .events import Event
 from .faults import safe_id, translate
 from .ledger import Trail
 from .loop import Loop
+from .prompt import APIS, Prompt
 from .sdk_transport import RelayedBody, SdkTransport, proxy_of
 from .settings import Settings
 from .transport import BODY, CURRENT, Body, FastTransport
@@ -45,21 +45,13 @@ LONGEST_BACKOFF = 8.0
 NEVER_RETRIED = (UpstreamAuth, Overloaded, UpstreamTimeout, UpstreamMalformed, Interrupted)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is sent: the messages as Chat Completions wants them, and the parameters."""
-
-    messages: Sequence[Any]
-    model: str
-    params: dict[str, float | int]
-
-
 class Upstream:
     """Asks the model. One for each mounted blueprint and process; its client is made at the first answer."""
 
     def __init__(self, settings: Settings, loop: Loop, client_factory: ClientFactory | None) -> None:
         self._settings = settings
         self._loop = loop
+        self._api = APIS[settings.upstream_api]
         self._factory = client_factory
         self._client: openai.OpenAI | None = None
         self._fast: FastTransport | None = None
@@ -144,8 +136,8 @@ class Upstream:
         settings, left = self._settings, max(0.01, until - time.monotonic())
         connect = min(settings.connect_timeout, left)
         return client.post(
-            "/chat/completions",
-            body=self._body(client, prompt),
+            self._api.path,
+            body=self._api.body(prompt, settings.max_output_tokens, client.base_url.host),
             cast_to=httpx2.Response,
             stream=True,
             stream_cls=openai.Stream[Any],
@@ -157,23 +149,12 @@ class Upstream:
             },
         )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
 
-    def _body(self, client: openai.OpenAI, prompt: Prompt) -> dict[str, Any]:
-        params = dict(prompt.params)
-        longest = params.pop("max_output_tokens", self._settings.max_output_tokens)
-        return {
-            "model": prompt.model,
-            "messages": list(prompt.messages),
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            _limit_name(client): longest,
-            **params,
-        }
-
     def _reply(self, response: httpx2.Response, cancellation: Cancellation, trail: Trail) -> Reply:
         trail.status = response.status_code
         trail.request_id = safe_id(response.headers)
         body: Body | None = response.extensions.get(BODY)
-        reply = Reply(body or RelayedBody(self._loop, response.request, response, cancellation), cancellation, trail)
+        body = body or RelayedBody(self._loop, response.request, response, cancellation)
+        reply = Reply(body, self._api.decoder(), cancellation, trail)
         kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
         if kind != "text/event-stream" or response.headers.get("content-encoding", "identity") != "identity":
             reply.close()
@@ -184,11 +165,11 @@ class Upstream:
 class Reply:
     """The upstream's answer, being read. Its owner closes it, once."""
 
-    def __init__(self, body: Body, cancellation: Cancellation, trail: Trail) -> None:
+    def __init__(self, body: Body, decoder: StreamDecoder, cancellation: Cancellation, trail: Trail) -> None:
         self._body = body
         self._cancellation = cancellation
         self._trail = trail
-        self._decoder = ChatDecoder()
+        self._decoder = decoder
         self._conclude_by: float | None = None
 
     def read(self, until: float) -> list[Event] | None:
@@ -231,12 +212,6 @@ class Reply:
         if self._decoder.done:  # the caller has read all by now: waiting for the body's end holds nothing up
             self._body.drain()
         self._body.close()
-
-
-def _limit_name(client: openai.OpenAI) -> str:
-    """OpenAI's newer models refuse max_tokens; other servers often know only that, and would not stop."""
-    host = client.base_url.host
-    return "max_completion_tokens" if host.endswith((".openai.com", ".azure.com")) else "max_tokens"
 
 
 def base_url() -> str:

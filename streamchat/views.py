@@ -18,13 +18,14 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from .access import check_site, cors_headers, preflight_headers
 from .answer import Answer
 from .cli import commands
-from .encoders import Encoder, JsonEncoder, choose_encoder
+from .dialects import OPENAI, OWN, UI, Dialect
+from .encoders import Encoder
 from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, UnsupportedMediaType, from_abort
 from .hangup import Caller
 from .ledger import Record
 from .mount import Hooks, Mount
 from .page import add_page
-from .schema import ChatRequest, parse_request
+from .schema import ChatRequest
 from .upstream import ClientFactory
 
 EXTENSION = "streamchat"
@@ -84,16 +85,23 @@ def create_blueprint(
 
     def mount(state: BlueprintSetupState) -> None:
         mounts = state.app.extensions.setdefault(EXTENSION, {})
-        mounts[f"{state.name_prefix}.{state.name}".lstrip(".")] = Mount(cast(Flask, state.app), hooks, overrides)
+        made = Mount(cast(Flask, state.app), hooks, overrides)
+        mounts[f"{state.name_prefix}.{state.name}".lstrip(".")] = made
+        if made.settings.gateway:
+            state.add_url_rule("/v1/chat/completions", "chat_completions", decorated(chat_completions), **asking)
+            state.add_url_rule("/v1/models", "models", decorated(models))
         cast(Flask, state.app).cli.commands.setdefault(str(commands.name), commands)
 
-    view: Callable[..., Any] = get_response
-    for decorator in reversed(decorators):
-        view = decorator(view)
+    def decorated(view: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            view = decorator(view)
+        return view
+
+    asking: dict[str, Any] = {"methods": ["POST", "OPTIONS"], "provide_automatic_options": False}
     blueprint.record(mount)
-    blueprint.add_url_rule(
-        "/get-response", "get_response", view, methods=["POST", "OPTIONS"], provide_automatic_options=False
-    )
+    blueprint.add_url_rule("/get-response", "get_response", decorated(get_response), **asking)
+    blueprint.add_url_rule("/chat", "chat", decorated(chat), **asking)
+    blueprint.add_url_rule("/chat/<chat_id>/stream", "chat_stream", chat_stream)
     blueprint.add_url_rule("/healthz", "healthz", healthz)
     if page:
         add_page(blueprint, page, _mount)
@@ -115,20 +123,51 @@ def healthz() -> Response:
 
 def get_response() -> Response:
     """Answers one conversation, in the format that Accept names."""
+    return _in_dialect(OWN)
+
+
+def chat() -> Response:
+    """The same for the AI SDK's `useChat`: UI message stream v1, or text where Accept asks for it."""
+    return _in_dialect(UI)
+
+
+def chat_stream(chat_id: str) -> Response:
+    """Where `useChat` looks for an answer that still runs: there is none, as long as no log keeps answers."""
+    return Response(status=204)
+
+
+def chat_completions() -> Response:
+    """The same for OpenAI's own clients."""
+    return _in_dialect(OPENAI)
+
+
+def models() -> Response:
+    """The models that the gateway offers, as OpenAI lists them."""
+    return _in_dialect(OPENAI, _models)
+
+
+def _in_dialect(dialect: Dialect, view: Callable[[Mount, str, Dialect], Response] | None = None) -> Response:
     mount = _mount()
     answer_id = mount.make_id()
     headers = request.environ[HEADERS] = {"X-Response-Id": answer_id}
     try:
         origin = check_site(dict(request.headers), request.host, mount.settings.origins)
         headers.update(cors_headers(origin))
-        return _preflight(origin) if request.method == "OPTIONS" else _answered(mount, answer_id)
+        return _preflight(origin) if request.method == "OPTIONS" else (view or _answered)(mount, answer_id, dialect)
     except StreamChatError as error:
-        return problem(mount, error, answer_id)
+        return _told(mount, error, answer_id, dialect)
     except HTTPException as exception:
         aborted = from_abort(exception)
         if aborted is None:
             raise
-        return problem(mount, aborted, answer_id)
+        return _told(mount, aborted, answer_id, dialect)
+
+
+def _models(mount: Mount, answer_id: str, dialect: Dialect) -> Response:
+    mount.user(request)
+    names = dict.fromkeys([mount.settings.model, *mount.settings.models])
+    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "streamchat"} for name in names]
+    return Response(json.dumps({"object": "list", "data": listed}) + "\n", content_type="application/json")
 
 
 def _preflight(origin: str | None) -> Response:
@@ -143,14 +182,14 @@ def _identify(response: Response) -> Response:
     return response
 
 
-def _answered(mount: Mount, answer_id: str) -> Response:
+def _answered(mount: Mount, answer_id: str, dialect: Dialect) -> Response:
     # Before the hook, which may read the body too. Werkzeug cuts a chunked body off at its limit and says nothing.
     request.max_content_length = mount.settings.max_body_bytes + 1
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
     user = mount.user(request)
-    encoder = choose_encoder(request.headers.get("Accept"))()
-    asked = parse_request(_body(mount.settings.max_body_bytes), mount.settings)
+    body = _body(mount.settings.max_body_bytes)
+    asked, encoder = dialect.read(body, mount.settings, request.headers.get("Accept"))
     caller = Caller.from_environ(request.environ)
     answer = mount.answer(answer_id, user, asked, encoder, caller, request.accept_languages.best)
     request.environ[ANSWER] = answer
@@ -189,27 +228,19 @@ def _streamed(answer: Answer, encoder: Encoder) -> Response:
 
 
 def _response(body: Iterator[bytes], encoder: Encoder) -> Response:
-    if isinstance(encoder, JsonEncoder):
+    if encoder.whole:
         return Response(b"".join(body), content_type=encoder.content_type, headers=ERROR_HEADERS)
-    return StreamResponse(stream_with_context(body), content_type=encoder.content_type, headers=STREAM_HEADERS)
+    headers = STREAM_HEADERS | encoder.headers
+    return StreamResponse(stream_with_context(body), content_type=encoder.content_type, headers=headers)
 
 
-def problem(mount: Mount, error: StreamChatError, request_id: str) -> Response:
-    """RFC 9457 problem details; `code` is ours, `request_id` is that of the header X-Response-Id."""
+def _told(mount: Mount, error: StreamChatError, answer_id: str, dialect: Dialect) -> Response:
     if isinstance(error, CallerGone):
         Caller.from_environ(request.environ).hang_up()  # one that only half closed must see no end either
         return Response(status=error.status)
-    document = {
-        "type": "about:blank",
-        "title": error.title,
-        "status": error.status,
-        "detail": mount.error_text(error, request.accept_languages.best),
-        "code": error.code,
-        "request_id": request_id,
-    }
-    response = Response(
-        json.dumps(document) + "\n", error.status, content_type="application/problem+json", headers=ERROR_HEADERS
-    )
+    words = mount.error_text(error, request.accept_languages.best)
+    document, content_type = dialect.tell(error, words, answer_id)
+    response = Response(json.dumps(document) + "\n", error.status, ERROR_HEADERS, content_type=content_type)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:

@@ -22,8 +22,9 @@ from streamchat.cancellation import Cancellation
 from streamchat.events import Event, Text
 from streamchat.ledger import Trail
 from streamchat.loop import choose_loop
+from streamchat.prompt import Prompt
 from streamchat.settings import Settings
-from streamchat.upstream import Prompt, Reply, Upstream
+from streamchat.upstream import Reply, Upstream
 
 KEY = "sk-canary-4711"
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

@@ -415,12 +415,12 @@ class FakeUpstream:
         server = await self._loop.create_server(lambda: _Connection(self), sock=self._listener, backlog=4096)
         await self._stopping.wait()
         server.close()
-        for connection in list(self._live):
-            connection.stop()
-        others = asyncio.all_tasks() - {cast("asyncio.Task[Any]", asyncio.current_task())}
-        await asyncio.gather(*others, return_exceptions=True)
-        # The transports close their sockets in the turn after abort().
-        while self._live:
+        me = asyncio.current_task()
+        while self._live or asyncio.all_tasks() - {me}:  # a connection that was being accepted comes yet
+            for connection in list(self._live):
+                connection.stop()
+            await asyncio.sleep(0)
+        for _ in range(3):  # the transports close their sockets in a turn after abort()
             await asyncio.sleep(0)
 
     def _loop_fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from streamchat.hangup import Caller
 from streamchat.live import Live
 from streamchat.loop import NEVER, choose_loop
 from streamchat.opening import Opening
+from streamchat.prompt import Prompt
 from streamchat.settings import Settings
-from streamchat.upstream import Prompt
 from tests.fake_upstream import (
     FakeUpstream,
     Fin,

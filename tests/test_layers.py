@@ -29,8 +29,13 @@ LAYERS = {
     "loop": Layer(0, foreign="gevent"),
     "settings": Layer(1, "errors"),
     "schema": Layer(1, "errors settings", "pydantic"),
+    "client_schema": Layer(1, "errors schema settings", "pydantic"),
     "encoders": Layer(1, "errors events", "werkzeug"),
+    "client_encoders": Layer(1, "encoders events"),
+    "dialects": Layer(1, "client_encoders client_schema encoders errors schema settings"),
     "decoder": Layer(1, "errors events"),
+    "responses_decoder": Layer(1, "decoder events"),
+    "prompt": Layer(1, "decoder responses_decoder"),
     "access": Layer(1, "errors"),
     "cancellation": Layer(1, "errors"),
     "ledger": Layer(1, foreign="blinker"),
@@ -40,7 +45,7 @@ LAYERS = {
     "faults": Layer(2, "decoder errors ledger", "httpx2 openai"),
     "upstream": Layer(
         2,
-        "cancellation decoder errors events faults ledger loop sdk_transport settings transport",
+        "cancellation decoder errors events faults ledger loop prompt sdk_transport settings transport",
         "httpx2 openai",
     ),
     "hangup": Layer(2, "cancellation loop"),
@@ -48,23 +53,31 @@ LAYERS = {
     "opening": Layer(3, "cancellation events loop"),
     "tally": Layer(3, "events ledger"),
     "answer": Layer(
-        3,
-        "cancellation encoders errors events hangup ledger live loop opening settings tally upstream",
+        3, "cancellation encoders errors events hangup ledger live loop opening prompt settings tally"
     ),
     "mount": Layer(
-        4, "access answer encoders errors hangup ledger live loop schema settings upstream", "flask"
+        4,
+        "access answer encoders errors hangup ledger live loop prompt schema settings upstream",
+        "flask",
     ),
     "cli": Layer(4, "mount settings", "click flask"),
     "page": Layer(4, "mount", "flask"),
     "views": Layer(
-        5, "access answer cli encoders errors hangup ledger mount page schema upstream", "flask werkzeug"
+        5,
+        "access answer cli dialects encoders errors hangup ledger mount page schema upstream",
+        "flask werkzeug",
     ),
     "extension": Layer(6, "mount views", "flask"),
     "__init__": Layer(7, "errors extension ledger schema settings views"),
 }  # fmt: skip
 # Names that only one module may touch.
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
-ONLY_IN = {"openai": {"faults", "upstream"}, "httptools": {"connection"}, "gevent": {"loop"}, "pydantic": {"schema"}}
+ONLY_IN = {
+    "openai": {"faults", "upstream"},
+    "httptools": {"connection"},
+    "gevent": {"loop"},
+    "pydantic": {"client_schema", "schema"},
+}
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))
 

@@ -30,7 +30,8 @@ from streamchat.errors import (
     UpstreamUnreachable,
 )
 from streamchat.events import Event, Finish, Text, Usage
-from streamchat.upstream import Prompt, check_credentials
+from streamchat.prompt import Prompt
+from streamchat.upstream import check_credentials
 from tests.asking import KEY, PROMPT, Asking, Background, asking, nothing_left, read_all
 from tests.fake_upstream import (
     FakeUpstream,

@@ -51,7 +51,8 @@ PROLOGUE = """
     from streamchat.loop import GeventLoop, choose_loop
     from streamchat.settings import Settings
     from streamchat.ledger import Trail
-    from streamchat.upstream import Prompt, Upstream
+    from streamchat.prompt import Prompt
+    from streamchat.upstream import Upstream
 
     loop = choose_loop()
     assert isinstance(loop, GeventLoop)

@@ -25,7 +25,7 @@ STREAMED = {
     "application/x-ndjson": "application/x-ndjson; charset=utf-8",
 }
 ENDS = {"text/plain": b"second", "text/event-stream": b"event: finish", "application/x-ndjson": b'"type":"finish"'}
-HEARTBEATS = {"text/event-stream": b": keep-alive\n\n", "application/x-ndjson": b'{"type":"heartbeat"}\n'}
+HEARTBEATS = {"text/event-stream": b": keep-alive\n", "application/x-ndjson": b'{"type":"heartbeat"}\n'}
 SILENCE = 0.1  # seconds until a heartbeat
 MOST_STREAMS = 3
 
