@@ -18,6 +18,7 @@ import sys  # noqa: E402
 from typing import Any, ClassVar  # noqa: E402
 
 import gevent  # noqa: E402
+from gunicorn import glogging  # noqa: E402
 
 worker_class = "gevent"
 workers = int(os.environ.get("WEB_CONCURRENCY", os.cpu_count() or 1))
@@ -52,6 +53,20 @@ max_requests = 0
 http_protocols = "h1"
 # One control socket for all gunicorns of a user: they would steal it from each other.
 control_socket_disable = True
+
+
+class Logger(glogging.Logger):
+    """gunicorn's own, but for its access log: a logconfig_dict turns it on for everybody, and it costs each request.
+
+    nginx has one, and each answer has its record. `--access-logfile -` turns it on.
+    """
+
+    def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+        if self.cfg.accesslog:
+            super().access(resp, req, environ, request_time)
+
+
+logger_class = Logger
 
 # The line of each answer is logged by `streamchat` at INFO, which logging would drop by default. httpx2 and openai
 # would log the upstream's address with every request: warnings only.

@@ -1,4 +1,4 @@
-"""The upstream's bytes become events: SSE framing, then Chat Completions chunks. Pure; any split gives the same events.
+"""The upstream's bytes become events, by Chat Completions chunks. Pure; any split gives the same events.
 
 Tolerant where servers differ (missing usage, empty choices), strict where an answer could look whole and is not.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+import jiter
 
 from .errors import (
     ContentRefused,
@@ -21,8 +23,7 @@ from .errors import (
     UpstreamRateLimited,
 )
 from .events import Event, Finish, Reasoning, Refusal, Text, ToolCall, Usage
-
-EVENT_BYTES = 1 << 20  # one event; the longest seen carry a whole tool call, some 100 KB
+from .sse_decoder import SseDecoder
 
 # The `code` or `type` of an upstream error object, in a stream or in the body of a 4xx.
 ERROR_CODES: dict[str, type[UpstreamFailure]] = {
@@ -37,51 +38,12 @@ ERROR_CODES: dict[str, type[UpstreamFailure]] = {
 _SAFE_CODE = re.compile(r"[a-z0-9_.]{1,64}")
 
 
-class SseDecoder:
-    """Bytes to (event type, data) pairs by WHATWG HTML 9.2.6: any line end, comments and unknown fields dropped."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._after_cr = False
-        self._first = True
-        self._type = b""
-        self._data: list[bytes] = []
-        self._size = 0
-
-    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Raises UpstreamMalformed for an event over EVENT_BYTES. An event without data is not dispatched."""
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]  # the second half of a CRLF
-            self._after_cr = False
-            if not data:
-                return
-        if data:
-            self._after_cr = data.endswith(b"\r")
-        lines = (self._rest + data).splitlines(keepends=True)  # of bytes: CR, LF and CRLF only
-        self._rest = lines.pop() if lines and lines[-1][-1:] not in b"\r\n" else b""
-        for line in lines:
-            self._size += len(line)
-            if self._size > EVENT_BYTES:
-                raise UpstreamMalformed
-            yield from self._line(line.rstrip(b"\r\n"))
-        if self._size + len(self._rest) > EVENT_BYTES:
-            raise UpstreamMalformed
-
-    def _line(self, line: bytes) -> Iterator[tuple[bytes, bytes]]:
-        if self._first:
-            self._first = False
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line:
-            if self._data:
-                yield self._type, b"\n".join(self._data)
-            self._type, self._data, self._size = b"", [], 0
-        elif line.startswith(b"data:"):
-            value = line[6:] if line[5:6] == b" " else line[5:]
-            self._data.append(value)
-        elif line.startswith(b"event:"):
-            self._type = line[6:].removeprefix(b" ")
-        elif line == b"data":
-            self._data.append(b"")
+def parsed(payload: bytes) -> Any:
+    """JSON. jiter takes a third of the time of the standard library, which reads lone surrogates where jiter does not."""
+    try:
+        return jiter.from_json(payload)
+    except ValueError:
+        return json.loads(payload)
 
 
 class StreamDecoder:
@@ -141,7 +103,7 @@ class StreamDecoder:
 
     def _chunk(self, kind: bytes, payload: bytes) -> list[Event]:
         try:
-            chunk = json.loads(payload)
+            chunk = parsed(payload)
         except (ValueError, RecursionError):
             raise UpstreamMalformed from None
         if not isinstance(chunk, dict):
@@ -180,17 +142,18 @@ class ChatDecoder(StreamDecoder):
                 continue  # we ask for one answer; a second one is nobody's
             if choice.get("finish_reason"):
                 self._finish_reason = _string(choice["finish_reason"])
-            return list(self._delta(choice.get("delta") or {}))
+            return self._delta(choice.get("delta") or {})
         return []
 
-    def _delta(self, delta: dict[str, Any]) -> Iterator[Event]:
+    def _delta(self, delta: dict[str, Any]) -> list[Event]:
+        events: list[Event] = []
         for field, kind in _FIELDS:
             value = delta.get(field)
-            if field == "reasoning" and value == delta.get("reasoning_content"):
-                continue  # vLLM sends both names for a while
-            yield from self._text(kind, value)
+            if value and not (field == "reasoning" and value == delta.get("reasoning_content")):
+                events += self._text(kind, value)  # vLLM sends both names of reasoning for a while
         for call in delta.get("tool_calls") or ():
-            yield self._tool_call(call)
+            events.append(self._tool_call(call))
+        return events
 
     def _tool_call(self, call: dict[str, Any]) -> ToolCall:
         function, index = call.get("function") or {}, int(call.get("index") or 0)

@@ -420,7 +420,10 @@ class FakeUpstream:
             for connection in list(self._live):
                 connection.stop()
             await asyncio.sleep(0)
-        for _ in range(3):  # the transports close their sockets in a turn after abort()
+        # A handshake that broke off may leave its transport with nobody. asyncio keeps all of them, privately.
+        for transport in list(getattr(self._loop, "_transports", {}).values()):
+            transport.abort()
+        for _ in range(3):  # they close their sockets in a turn after abort()
             await asyncio.sleep(0)
 
     def _loop_fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamchat import errors
-from streamchat.decoder import EVENT_BYTES, ChatDecoder, SseDecoder, SurrogateJoiner, error_kind, public_code
+from streamchat.decoder import ChatDecoder, SurrogateJoiner, error_kind, public_code
 from streamchat.errors import (
     ContentRefused,
     InputTooLong,
@@ -28,6 +28,7 @@ from streamchat.errors import (
     UpstreamRejected,
 )
 from streamchat.events import ENDS, Event, Finish, Reasoning, Refusal, Text, ToolCall, Usage
+from streamchat.sse_decoder import EVENT_BYTES, SseDecoder
 from tests.splits import Pieces, any_deltas, as_read, every_split, random_splits
 
 CANARY = "sk-canary-7f3a org-canary-51c2"
