@@ -67,5 +67,7 @@ class SseDecoder:
             self._data.append(value)
         elif line.startswith(b"event:"):
             self._type = line[6:].removeprefix(b" ")
-        elif line == b"data":
+        elif line == b"data":  # without a colon: the field with an empty value
             self._data.append(b"")
+        elif line == b"event":
+            self._type = b""

@@ -827,3 +827,7 @@ def test_a_logged_code_is_always_one_plain_word(error: object) -> None:
     code = public_code({"code": error})
     assert code is None or re.fullmatch(r"[a-z0-9_.]{1,64}", code)
     assert issubclass(error_kind(error, UpstreamRejected), errors.UpstreamFailure)
+
+
+def test_an_event_field_without_a_value_takes_the_type_back() -> None:
+    assert list(SseDecoder().feed(b"data: a\nevent: x\nevent\n\n")) == [(b"", b"a")]
