@@ -55,7 +55,7 @@ http_protocols = "h1"
 control_socket_disable = True
 
 
-class Logger(glogging.Logger):
+class Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types
     """gunicorn's own, but for its access log: a logconfig_dict turns it on for everybody, and it costs each request.
 
     nginx has one, and each answer has its record. `--access-logfile -` turns it on.
