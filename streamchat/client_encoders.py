@@ -68,7 +68,7 @@ class UiEncoder(Encoder):
 
     def _finish(self, finish: Finish) -> bytes:
         metadata = {"finishReason": finish.finish_reason, "usage": usage_json(finish.usage)}
-        calls = b"".join(data(_input(call)) for call in self._calls.values())
+        calls = b"".join(data(chunk) for call in self._calls.values() for chunk in _input(call))
         return calls + data({"type": "finish-step"}) + data({"type": "finish", "messageMetadata": metadata})
 
     def _fail(self, failure: Failure) -> bytes:
@@ -79,12 +79,14 @@ def _call_id(call: ToolCall) -> str:
     return call.id or f"call-{call.index}"
 
 
-def _input(call: ToolCall) -> dict[str, Any]:
-    chunk = {"toolCallId": _call_id(call), "toolName": call.name or "tool"}
+def _input(call: ToolCall) -> list[dict[str, Any]]:
+    """What ends a tool's input. One that is not JSON is told as output: ai 5.0.0 knows no tool-input-error."""
+    chunk = {"type": "tool-input-available", "toolCallId": _call_id(call), "toolName": call.name or "tool"}
     try:
-        return {"type": "tool-input-available", **chunk, "input": json.loads(call.arguments or "{}")}
+        return [{**chunk, "input": json.loads(call.arguments or "{}")}]
     except ValueError:
-        return {"type": "tool-input-error", **chunk, "input": call.arguments, "errorText": "The input is not JSON."}
+        failed = {"type": "tool-output-error", "toolCallId": _call_id(call), "errorText": "The input is not JSON."}
+        return [{**chunk, "input": call.arguments}, failed]
 
 
 # What POST /chat writes; the first for a client that does not say, which `useChat` does not.

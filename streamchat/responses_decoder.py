@@ -35,9 +35,14 @@ class ResponsesDecoder(StreamDecoder):
         handle = HANDLERS.get(str(kind))
         return handle(self, chunk) if handle is not None else []  # of some fifty types these are the answer
 
-    def _item_added(self, chunk: dict[str, Any]) -> list[Event]:
+    def _part_added(self, chunk: dict[str, Any]) -> list[Event]:
+        """A summary has parts, and nothing between them; they would run into each other."""
+        return self._text("reasoning", "\n\n") if chunk.get("summary_index") else []
+
+    def _item(self, chunk: dict[str, Any]) -> list[Event]:
+        """A tool call when it begins; some servers tell of it only when it is whole."""
         item = chunk["item"]
-        if item.get("type") != "function_call":
+        if item.get("type") != "function_call" or chunk["output_index"] in self._calls:
             return []
         index = self._calls.setdefault(chunk["output_index"], len(self._calls))
         arguments = self._arguments(index, item.get("arguments"))
@@ -67,7 +72,9 @@ class ResponsesDecoder(StreamDecoder):
 
 
 HANDLERS: dict[str, Callable[[ResponsesDecoder, dict[str, Any]], list[Event]]] = {
-    "response.output_item.added": ResponsesDecoder._item_added,
+    "response.output_item.added": ResponsesDecoder._item,
+    "response.output_item.done": ResponsesDecoder._item,
+    "response.reasoning_summary_part.added": ResponsesDecoder._part_added,
     "response.function_call_arguments.delta": ResponsesDecoder._arguments_delta,
     "response.completed": ResponsesDecoder._completed,
     "response.incomplete": ResponsesDecoder._incomplete,

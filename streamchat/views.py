@@ -101,7 +101,7 @@ def create_blueprint(
     blueprint.record(mount)
     blueprint.add_url_rule("/get-response", "get_response", decorated(get_response), **asking)
     blueprint.add_url_rule("/chat", "chat", decorated(chat), **asking)
-    blueprint.add_url_rule("/chat/<chat_id>/stream", "chat_stream", chat_stream)
+    blueprint.add_url_rule("/chat/<path:chat_id>/stream", "chat_stream", chat_stream)
     blueprint.add_url_rule("/healthz", "healthz", healthz)
     if page:
         add_page(blueprint, page, _mount)
