@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeAlias, cast
+from weakref import WeakSet
 
 MODEL = "fake-model"
 COMPLETION_ID = "chatcmpl-fake"
@@ -325,6 +326,7 @@ class FakeUpstream:
         send_buffer: int | None = None,
     ) -> None:
         self.tls = tls
+        self._made: WeakSet[Any] = WeakSet()
         self.idle_close = idle_close
         self.send_buffer = send_buffer
         self.script: Step = answer(["Hello", ", ", "world", "!"])
@@ -361,8 +363,26 @@ class FakeUpstream:
         self._thread.join(10)
         if self._thread.is_alive():
             raise AssertionError("the fake upstream does not stop")
+        self._close_what_asyncio_forgot()
         if self.faults and kind is None:
             raise self.faults[0]
+
+    def _record_transports(self) -> None:
+        """asyncio tells nobody of a transport whose client broke off at once: each one is noted where it is made."""
+        make = self._loop._make_socket_transport  # type: ignore[attr-defined]
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            transport = make(*arguments, **named)
+            self._made.add(transport)
+            return transport
+
+        self._loop._make_socket_transport = noted  # type: ignore[attr-defined]
+
+    def _close_what_asyncio_forgot(self) -> None:
+        for transport in list(self._made):
+            if transport._sock is not None:
+                transport._sock.close()
+                transport._sock = None  # its __del__ asks for it
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 5) -> None:
         """Waits until the condition, a question about this server or its requests, is true."""
@@ -408,6 +428,7 @@ class FakeUpstream:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._record_transports()
         with contextlib.closing(self._loop):
             self._loop.run_until_complete(self._serve())
 
