@@ -33,7 +33,7 @@ EXTENSION = "streamchat"
 ANSWER = "streamchat.answer"
 HEADERS = "streamchat.headers"
 
-# Each keeps one hop from holding pieces back, or a browser from guessing (notes in docs, README "Why each line").
+# Each keeps one hop from holding pieces back, or a browser from guessing what it reads.
 STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
     "Cache-Control": "no-cache, no-transform",
