@@ -1,4 +1,4 @@
-"""Who may ask: bearer tokens, and pages of other sites. Plain values in, a user id or a refusal out; no Flask."""
+"""Who may ask: bearer tokens, pages of other sites, and what a shop's hook aborts with. Plain values; no Flask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ import hmac
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from .errors import Forbidden, Unauthorized
+from werkzeug.exceptions import HTTPException
+
+from .errors import (
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    StreamChatError,
+    TooManyStreams,
+    Unauthorized,
+    UnsupportedMediaType,
+)
 
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
@@ -82,3 +94,28 @@ def preflight_headers(origin: str | None) -> dict[str, str]:
         ),
         "Access-Control-Max-Age": "600",
     }
+
+
+# What a shop's hook raises by flask.abort() is told in our words, with our code.
+ABORTED: dict[int, type[StreamChatError]] = {
+    error.status: error
+    for error in (
+        InvalidRequest,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        PayloadTooLarge,
+        UnsupportedMediaType,
+        TooManyStreams,
+        Overloaded,
+    )
+}
+
+
+def from_abort(exception: HTTPException) -> StreamChatError | None:
+    """Our error for an abort() of a status that we have a code for; None where the shop's own page is meant."""
+    kind = ABORTED.get(exception.code or 0)
+    if kind is None or exception.response is not None:
+        return None
+    retry_after = getattr(exception, "retry_after", None)
+    return kind(retry_after=retry_after if isinstance(retry_after, int) else None)

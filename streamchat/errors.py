@@ -12,10 +12,16 @@ No error here carries the words of the upstream: keys and organisation ids hide 
     |   |-- NotAcceptable          406 not_acceptable
     |   |-- PayloadTooLarge        413 payload_too_large
     |   |-- UnsupportedMediaType   415 unsupported_media_type
-    |   `-- TooManyStreams         429 too_many_streams
+    |   |-- IdempotencyMismatch    422 idempotency_mismatch
+    |   |-- TooManyStreams         429 too_many_streams
+    |   `-- BudgetExhausted        429 budget_exhausted
     |-- Overloaded                 503 overloaded
+    |   `-- StoreDown              503 overloaded (the response log does not answer)
     |-- Draining                   503 draining
     |-- Interrupted                500 interrupted (in a stream: its producer died)
+    |   `-- LeaseLost              500 interrupted (this process was taken for dead)
+    |-- Gap                        500 gap (in a stream: the log is not complete)
+    |-- Cancelled                  409 cancelled (in a stream: somebody stopped it)
     |-- CallerGone                 499 caller_left (nobody is there to read it)
     |   `-- CallerStalled          499 caller_stalled
     `-- UpstreamFailure            what the model's side did
@@ -36,8 +42,6 @@ No error here carries the words of the upstream: keys and organisation ids hide 
 from __future__ import annotations
 
 from http import HTTPStatus
-
-from werkzeug.exceptions import HTTPException
 
 
 class StreamChatError(Exception):
@@ -113,11 +117,26 @@ class UnsupportedMediaType(Refused):
     text = "The body must be JSON: send the header 'Content-Type: application/json'."
 
 
+class IdempotencyMismatch(Refused):
+    status = 422
+    code = "idempotency_mismatch"
+    text = "This Idempotency-Key was used with another request. Send a new key."
+
+
 class TooManyStreams(Refused):
     status = 429
     code = "too_many_streams"
     retryable = True
     text = "Too many answers are running for this caller."
+
+
+class BudgetExhausted(Refused):
+    """The user's tokens of the day are spent, or held by answers that still run."""
+
+    status = 429
+    code = "budget_exhausted"
+    retryable = True
+    text = "The tokens of this day are used up."
 
 
 class Overloaded(StreamChatError):
@@ -127,6 +146,12 @@ class Overloaded(StreamChatError):
     code = "overloaded"
     retryable = True
     text = "Too many answers are running here. Try again soon."
+
+
+class StoreDown(Overloaded):
+    """The response log does not answer, or is busy for too long."""
+
+    text = "The response log does not answer. Try again soon."
 
 
 class Draining(StreamChatError):
@@ -144,6 +169,26 @@ class Interrupted(StreamChatError):
     code = "interrupted"
     retryable = True
     text = "The answer was interrupted."
+
+
+class LeaseLost(Interrupted):
+    """This process did not renew its lease in time: others have ended its answers."""
+
+
+class Gap(StreamChatError):
+    """Events are missing in the log. They are not skipped."""
+
+    code = "gap"
+    retryable = True
+    text = "A part of the answer is missing."
+
+
+class Cancelled(StreamChatError):
+    """Somebody who may do so stopped the answer."""
+
+    status = 409
+    code = "cancelled"
+    text = "The answer was stopped."
 
 
 class CallerGone(StreamChatError):
@@ -237,28 +282,3 @@ class UpstreamStalled(UpstreamFailure):
     code = "upstream_stalled"
     retryable = True
     text = "The model stopped in the middle of the answer."
-
-
-# What a shop's hook raises by flask.abort() is told in our words, with our code.
-ABORTED: dict[int, type[StreamChatError]] = {
-    error.status: error
-    for error in (
-        InvalidRequest,
-        Unauthorized,
-        Forbidden,
-        NotFound,
-        PayloadTooLarge,
-        UnsupportedMediaType,
-        TooManyStreams,
-        Overloaded,
-    )
-}
-
-
-def from_abort(exception: HTTPException) -> StreamChatError | None:
-    """Our error for an abort() of a status that we have a code for; None where the shop's own page is meant."""
-    kind = ABORTED.get(exception.code or 0)
-    if kind is None or exception.response is not None:
-        return None
-    retry_after = getattr(exception, "retry_after", None)
-    return kind(retry_after=retry_after if isinstance(retry_after, int) else None)

@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 STEP = 0.005  # seconds; how late a pause may end: small beside the 25 ms in which pieces are joined
 TICK = 0.1  # seconds; how late a wait under gevent may end: far below every time limit that is set in seconds
 NEVER = float("inf")
+
+T = TypeVar("T")
 
 
 class Waiter(Protocol):
@@ -27,6 +29,16 @@ class Waiter(Protocol):
     def writable(self, until: float) -> bool: ...
 
     def close(self) -> None: ...
+
+
+class Lane(Protocol):
+    """One native thread of its own, for calls that would stop the event loop: they run in it one after the other."""
+
+    def run(self, task: Callable[[], T]) -> T:
+        """What the task returns or raises. Others run while the caller waits."""
+
+    def close(self) -> None:
+        """Ends the thread. Idempotent; no call may be running."""
 
 
 class Loop(Protocol):
@@ -53,6 +65,8 @@ class Loop(Protocol):
 
     def epoll(self) -> Any:
         """A new select.epoll, or None where the system has none."""
+
+    def lane(self) -> Lane: ...
 
 
 def choose_loop() -> Loop:
@@ -83,6 +97,20 @@ class _PollWaiter:
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+class _LockedLane:
+    """Threads may wait: the caller's own runs the task."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def run(self, task: Callable[[], T]) -> T:
+        with self._lock:
+            return task()
+
+    def close(self) -> None:
+        """There is no thread."""
 
 
 class ThreadLoop:
@@ -131,6 +159,9 @@ class ThreadLoop:
     def epoll(self) -> Any:
         return select.epoll() if hasattr(select, "epoll") else None
 
+    def lane(self) -> Lane:
+        return _LockedLane()
+
 
 class GeventLoop:
     """gevent's hub. One ticker looks after the time limits of all waits, a faster one after all pauses."""
@@ -171,6 +202,9 @@ class GeventLoop:
     def epoll(self) -> Any:
         return self._epoll()
 
+    def lane(self) -> Lane:
+        return _NativeLane()
+
     def is_ready(self, fd: int, events: int) -> bool:
         poll = self._poll()
         poll.register(fd, select.POLLIN if events == 1 else select.POLLOUT)
@@ -182,6 +216,22 @@ class GeventLoop:
 
     def pause(self, until: float) -> None:
         self._pauses.switch_out(self._hub, self._gevent.getcurrent(), until)
+
+
+class _NativeLane:
+    """A pool of one beside the hub's own, whose threads also resolve names."""
+
+    def __init__(self) -> None:
+        from gevent.threadpool import ThreadPool
+
+        self._pool = ThreadPool(1)
+
+    def run(self, task: Callable[[], T]) -> T:
+        result: T = self._pool.apply(task)
+        return result
+
+    def close(self) -> None:
+        self._pool.kill()
 
 
 class _Ticker:

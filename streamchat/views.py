@@ -15,12 +15,12 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from .access import check_site, cors_headers, preflight_headers
+from .access import check_site, cors_headers, from_abort, preflight_headers
 from .answer import Answer
 from .cli import commands
 from .dialects import OPENAI, OWN, UI, Dialect
 from .encoders import Encoder
-from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, UnsupportedMediaType, from_abort
+from .errors import CallerGone, Interrupted, PayloadTooLarge, StreamChatError, UnsupportedMediaType
 from .hangup import Caller
 from .ledger import Record
 from .mount import Hooks, Mount

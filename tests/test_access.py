@@ -8,8 +8,9 @@ import hashlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from werkzeug import exceptions
 
-from streamchat.access import check_site, cors_headers, preflight_headers, user_of_token
+from streamchat.access import check_site, cors_headers, from_abort, preflight_headers, user_of_token
 from streamchat.errors import Forbidden, Unauthorized
 
 TOKENS = (("alice", "secret-a"), ("bob", "secret-b"), (None, "secret-c"))
@@ -178,3 +179,45 @@ def test_a_preflight_allows_the_post_that_will_follow() -> None:
     assert {"content-type", "authorization"} <= allowed
     assert "Origin" in headers["Vary"]
     assert "Access-Control-Allow-Origin" not in preflight_headers(None)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "invalid_request"),
+        (401, "unauthorized"),
+        (403, "forbidden"),
+        (404, "not_found"),
+        (413, "payload_too_large"),
+        (415, "unsupported_media_type"),
+        (429, "too_many_streams"),
+        (503, "overloaded"),
+    ],
+)
+def test_a_shops_abort_becomes_the_error_of_its_status(status: int, code: str) -> None:
+    with pytest.raises(exceptions.HTTPException) as aborted:
+        exceptions.abort(status)
+    error = from_abort(aborted.value)
+    assert error is not None
+    assert (error.status, error.code) == (status, code)
+
+
+@pytest.mark.parametrize("status", [405, 410, 418, 500, 501])
+def test_any_other_abort_stays_the_shops_own_page(status: int) -> None:
+    with pytest.raises(exceptions.HTTPException) as aborted:
+        exceptions.abort(status)
+    assert from_abort(aborted.value) is None
+
+
+def test_a_redirect_to_the_login_page_stays_the_shops() -> None:
+    response = exceptions.HTTPException(response=exceptions.NotFound().get_response())
+    assert from_abort(response) is None
+
+
+@pytest.mark.parametrize(
+    "aborted", [exceptions.TooManyRequests(retry_after=30), exceptions.ServiceUnavailable(retry_after=30)]
+)
+def test_the_wait_that_a_shop_asks_for_is_kept(aborted: exceptions.HTTPException) -> None:
+    error = from_abort(aborted)
+    assert error is not None
+    assert error.retry_after == 30

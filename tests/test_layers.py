@@ -24,7 +24,7 @@ class Layer:
 
 # A module may import modules that stand above it. Own and foreign imports are exact, not an upper bound.
 LAYERS = {
-    "errors": Layer(0, foreign="werkzeug"),
+    "errors": Layer(0),
     "events": Layer(0),
     "loop": Layer(0, foreign="gevent"),
     "settings": Layer(1, "errors"),
@@ -37,9 +37,10 @@ LAYERS = {
     "decoder": Layer(1, "errors events sse_decoder", "jiter"),
     "responses_decoder": Layer(1, "decoder events"),
     "prompt": Layer(1, "decoder responses_decoder"),
-    "access": Layer(1, "errors"),
+    "access": Layer(1, "errors", "werkzeug"),
     "cancellation": Layer(1, "errors"),
     "ledger": Layer(1, foreign="blinker"),
+    "store": Layer(2, "events ledger"),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
     "sdk_transport": Layer(1, "cancellation loop transport", "httpx2"),
