@@ -26,7 +26,10 @@ class Layer:
 LAYERS = {
     "errors": Layer(0),
     "events": Layer(0),
-    "loop": Layer(0, foreign="gevent"),
+    "waits": Layer(0),
+    "thread_loop": Layer(0, "waits"),
+    "gevent_loop": Layer(0, "waits", "gevent"),
+    "loop": Layer(0, "gevent_loop thread_loop waits"),
     "settings": Layer(1, "errors"),
     "schema": Layer(1, "errors settings", "pydantic"),
     "client_schema": Layer(1, "errors schema settings", "pydantic"),
@@ -78,7 +81,7 @@ ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
 ONLY_IN = {
     "openai": {"faults", "template", "upstream"},
     "httptools": {"connection"},
-    "gevent": {"loop"},
+    "gevent": {"gevent_loop"},
     "pydantic": {"client_schema", "schema"},
 }
 

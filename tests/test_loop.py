@@ -369,3 +369,98 @@ def assert_ends(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+# A bell
+
+
+def test_a_ring_wakes_who_waits(loop: Loop) -> None:
+    bell = loop.bell()
+    ringing = later(bell.ring)
+    assert bell.wait(soon())
+    ringing.join()
+
+
+def test_a_ring_that_nobody_waits_for_is_kept_and_counts_once(loop: Loop) -> None:
+    bell = loop.bell()
+    bell.ring()
+    bell.ring()
+    assert bell.wait(soon())
+    assert not bell.wait(time.monotonic())
+
+
+@pytest.fixture
+def others() -> Iterator[None]:
+    """gevent takes a wait that nobody can end for a mistake, and counts no ticker; a worker always listens."""
+    timer = threading.Timer(SOON, lambda: None)
+    timer.start()
+    yield
+    timer.cancel()
+    timer.join()
+
+
+@pytest.mark.usefixtures("others")
+def test_a_wait_for_a_bell_ends_at_its_time(loop: Loop) -> None:
+    begin = time.monotonic()
+    assert not loop.bell().wait(begin + 0.05)
+    assert 0.05 <= time.monotonic() - begin < LATE
+
+
+@pytest.mark.usefixtures("others")
+def test_a_ring_of_one_bell_does_not_end_a_wait_for_another(loop: Loop) -> None:
+    """A ring and the end of its wait at the same moment must not reach what the same greenlet waits for next."""
+    first, second = loop.bell(), loop.bell()
+    for _ in range(20):
+        ringing = threading.Timer(0.02, first.ring)
+        ringing.start()
+        first.wait(time.monotonic() + 0.02)
+        assert not second.wait(time.monotonic() + 0.03)
+        ringing.join()
+
+
+# A lane
+
+
+def test_a_lane_returns_what_its_task_returns_and_raises_what_it_raises(loop: Loop) -> None:
+    lane = loop.lane()
+    try:
+        assert lane.run(lambda: 7) == 7
+        with pytest.raises(KeyError, match="gone"):
+            lane.run(lambda: dict[str, int]()["gone"])
+    finally:
+        lane.close()
+        lane.close()
+
+
+def test_the_tasks_of_a_lane_run_one_after_the_other(loop: Loop) -> None:
+    lane, running, most = loop.lane(), [0], [0]
+
+    def task() -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        os.sched_yield()
+        running[0] -= 1
+
+    threads = [threading.Thread(target=lambda: lane.run(task)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lane.close()
+    assert most == [1]
+
+
+def test_others_run_while_a_task_is_in_its_lane(loop: Loop) -> None:
+    """A native wait, which gevent cannot interrupt: only a thread of its own lets the others run."""
+    lane, gate = loop.lane(), os.pipe()
+    try:
+        later(lambda: os.write(gate[1], b"x"))
+        assert lane.run(lambda: native_read(gate[0])) == b"x"
+    finally:
+        lane.close()
+        os.close(gate[0])
+        os.close(gate[1])
+
+
+def native_read(fd: int) -> bytes:
+    return os.read(fd, 1)  # gevent does not patch it

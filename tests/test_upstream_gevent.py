@@ -48,7 +48,8 @@ PROLOGUE = """
     import gevent, json, psutil, sys, time
     from streamchat.cancellation import Cancellation
     from streamchat.errors import CallerGone, StreamChatError
-    from streamchat.loop import GeventLoop, choose_loop
+    from streamchat.gevent_loop import GeventLoop
+    from streamchat.loop import choose_loop
     from streamchat.settings import Settings
     from streamchat.ledger import Trail
     from streamchat.prompt import Prompt

@@ -1,0 +1,179 @@
+"""Waiting on gevent's hub: one ticker looks after the time limits of all waits, a faster one after all pauses.
+
+The only file that imports gevent, and it is imported only where gevent is in use.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gevent.threadpool import ThreadPool
+
+from .waits import NEVER, Bell, Lane, T, Waiter
+
+STEP = 0.005  # seconds; how late a pause may end: small beside the 40 ms in which pieces are joined
+TICK = 0.1  # seconds; how late a wait may end: far below every time limit that is set in seconds
+
+
+def is_patched() -> bool:
+    return bool(monkey.is_module_patched("socket"))
+
+
+class GeventLoop:
+    """The hub of this thread."""
+
+    def __init__(self) -> None:
+        self._hub = gevent.get_hub()
+        # gevent takes select.epoll away and makes select.poll its own: both are asked here without waiting.
+        self._poll, self._epoll = monkey.get_original("select", ["poll", "epoll"])
+        self.killed: tuple[type[BaseException], ...] = (gevent.GreenletExit,)
+        self._limits = _Ticker(self._hub.loop, TICK)
+        self._pauses = _Ticker(self._hub.loop, STEP)
+
+    def waiter(self, fd: int) -> Waiter:
+        return _GeventWaiter(self, fd)
+
+    def spawn(self, task: Callable[[], None]) -> None:
+        gevent.spawn(task)
+
+    def attend(self, fd: int, ready: Callable[[], None], tick: Callable[[], None]) -> Callable[[], None]:
+        watcher, timer = self._hub.loop.io(fd, 1, ref=False), self._hub.loop.timer(1, 1, ref=False)
+        watcher.start(ready)
+        timer.start(tick)
+
+        def stop() -> None:  # holds both: a watcher that nobody holds is collected
+            for each in (watcher, timer):
+                each.stop()
+                each.close()
+
+        return stop
+
+    def is_readable(self, fd: int) -> bool:
+        return self.is_ready(fd, 1)
+
+    def epoll(self) -> Any:
+        return self._epoll()
+
+    def lane(self) -> Lane:
+        return _NativeLane()
+
+    def bell(self) -> Bell:
+        return _HubBell(self, self._hub)
+
+    def is_ready(self, fd: int, events: int) -> bool:
+        poll = self._poll()
+        poll.register(fd, select.POLLIN if events == 1 else select.POLLOUT)
+        return bool(poll.poll(0))
+
+    def switch_out(self, until: float) -> bool:
+        """Leaves to the hub until somebody switches back, or the limit's ticker does, with False."""
+        return self._limits.switch_out(self._hub, gevent.getcurrent(), until)
+
+    def pause(self, until: float) -> None:
+        self._pauses.switch_out(self._hub, gevent.getcurrent(), until)
+
+
+class _NativeLane:
+    """A pool of one beside the hub's own, whose threads also resolve names."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPool(1)
+
+    def run(self, task: Callable[[], T]) -> T:
+        result: T = self._pool.apply(task)
+        return result
+
+    def close(self) -> None:
+        self._pool.kill()
+
+
+class _HubBell:
+    def __init__(self, loop: GeventLoop, hub: Any) -> None:
+        self._loop = loop
+        self._hub = hub
+        self._waiting: Any = None
+        self._rung = False
+
+    def ring(self) -> None:
+        if not self._rung and self._waiting is not None:
+            self._hub.loop.run_callback(self._wake)
+        self._rung = True
+
+    def _wake(self) -> None:
+        if self._waiting is not None:  # it may have left at its time
+            self._waiting.switch(True)
+
+    def wait(self, until: float) -> bool:
+        while not self._rung and until > time.monotonic():
+            self._waiting = gevent.getcurrent()
+            try:
+                self._loop.switch_out(until)
+            finally:
+                self._waiting = None
+        rung, self._rung = self._rung, False
+        return rung
+
+
+class _Ticker:
+    """One timer for all greenlets that wait for a time: it runs while there are any."""
+
+    def __init__(self, loop: Any, step: float) -> None:
+        self._due: dict[Any, float] = {}
+        self._timer = loop.timer(step, step, ref=False)
+        self._running = False
+
+    def switch_out(self, hub: Any, greenlet: Any, until: float) -> bool:
+        if not self._running:
+            self._running = True
+            self._timer.start(self._tick)
+        self._due[greenlet] = until
+        try:
+            return bool(hub.switch())
+        finally:
+            del self._due[greenlet]
+
+    def _tick(self) -> None:
+        if not self._due:
+            self._running = False
+            self._timer.stop()
+            return
+        now = time.monotonic()
+        for greenlet in [greenlet for greenlet, until in self._due.items() if until <= now]:
+            if self._due.get(greenlet, NEVER) <= now:  # one that woke meanwhile may wait for something else
+                greenlet.switch(False)
+
+
+class _GeventWaiter:
+    def __init__(self, loop: GeventLoop, fd: int) -> None:
+        self._loop = loop
+        self._fd = fd
+        self._watchers: dict[int, Any] = {}
+
+    def readable(self, until: float) -> bool:
+        return self._wait(1, until)
+
+    def writable(self, until: float) -> bool:
+        return self._wait(2, until)
+
+    def _wait(self, events: int, until: float) -> bool:
+        if until <= time.monotonic():
+            return self._loop.is_ready(self._fd, events)
+        watcher = self._watchers.get(events)
+        if watcher is None:
+            watcher = self._watchers[events] = self._loop._hub.loop.io(self._fd, events)
+        watcher.start(gevent.getcurrent().switch, True)
+        try:
+            return self._loop.switch_out(until)
+        finally:
+            watcher.stop()
+
+    def close(self) -> None:
+        for watcher in self._watchers.values():
+            watcher.stop()
+            watcher.close()
+        self._watchers.clear()
