@@ -5,48 +5,32 @@ No Flask in here: the generator lives on when the view's contexts are gone.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from .cancellation import Cancellation
 from .encoders import Encoder
-from .errors import CallerGone, Interrupted, StreamChatError, UpstreamStalled, UpstreamTimeout
-from .events import Event, Failure, Start
+from .ending import broken, ending_of, failure_of
+from .errors import CallerGone, CallerStalled, Interrupted, StreamChatError
+from .events import Event, Failure, Finish, Start
 from .hangup import Caller
 from .ledger import Record
 from .live import Live
 from .loop import NEVER, Loop
 from .opening import Opening, Source
-from .prompt import Prompt
+from .order import Order
+from .pull import Pull
 from .settings import Settings
+from .sheet import HOLD, Sheet
 from .tally import Tally
-
-logger = logging.getLogger("streamchat")
-
-MANY_EVENTS = 16  # in one read: the upstream is ahead, and there is more to take than one read brings
-EAGER_PIECES = 3  # the first ones are never held back to be joined with others
-
-
-def detail_of(error: StreamChatError) -> str:
-    """Our own words for a failure."""
-    return error.detail
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be answered, for whom."""
-
-    id: str
-    user: str | None
-    prompt: Prompt
-    words: Callable[[StreamChatError], str] = detail_of  # what the caller is told of a failure
 
 
 class Answer:
-    """Owns the upstream's reply, the watch on the caller and the slot; `release` gives all back, once."""
+    """Owns the upstream's reply, the watch on the caller and the slot; `release` gives all back, once.
+
+    An answer that outlives its caller goes on in a helper, which then is the one that closes it.
+    """
 
     def __init__(
         self,
@@ -64,7 +48,13 @@ class Answer:
         self.cancellation = Cancellation()
         self.tally = Tally(order.prompt.messages, keep_text=keep_text)
         self.started = self.tally.started
+        self.user = order.user
         self.writing_since = 0.0
+        self.alone_since = 0.0  # monotonic: when the caller left an answer that goes on
+        self._sheet: Sheet | None = None
+        self._error: StreamChatError | None = None
+        self._goes_on = False
+        self._warned = False
         self._settings = settings
         self._encoder = encoder
         self._live = live
@@ -75,22 +65,63 @@ class Answer:
         self._released = False
         self._recorded = threading.Lock()  # taken by the one who records, never given back
         self._seq = 0
-        self._reads = 0  # that brought events
-        self._last_read = 0.0
-        self._total_due = self.started + settings.total_timeout
-        self._progress_due = self.started + settings.first_token_timeout
+        self._pull = Pull(loop, settings, self.tally)
 
     def admit(self) -> None:
         """Takes a slot. Raises Draining or Overloaded; from then on there is a record, whatever happens."""
         self._live.admit(self)
 
+    def withdraw(self) -> None:
+        """Gives the slot back: there will be no answer, and no record."""
+        self._recorded.acquire(blocking=False)
+        self.release()
+
+    def keep(self, sheet: Sheet) -> None:
+        """From now on every event is written to the log."""
+        self._sheet = sheet
+
+    @property
+    def survives(self) -> bool:
+        """Whether the answer goes on when its caller leaves; to wait for one who reads on needs the log."""
+        policy = self._settings.on_disconnect
+        return policy == "finish" or (isinstance(policy, float) and self._sheet is not None)
+
+    @property
+    def resumable(self) -> bool:
+        return self.survives and self._sheet is not None and not self._sheet.lost
+
+    def tick(self, now: float) -> None:
+        """For the sweep: an answer that waits for one who reads on does so for its time."""
+        wait = self._settings.on_disconnect
+        if self.alone_since and isinstance(wait, float) and now - self.alone_since > wait:
+            self.alone_since = now
+            self._loop.spawn(self._look_for_readers)
+
+    def _look_for_readers(self) -> None:
+        idle = self._sheet.idle() if self._sheet is not None else NEVER
+        if idle > float(self._settings.on_disconnect):
+            self.cancellation.cancel(CallerGone())
+        else:
+            self.alone_since = time.monotonic() - idle
+
     def begin(self, open_reply: Callable[[Answer], Source]) -> None:
         """Watches the caller and asks the upstream."""
         self._live.hangups.watch(self._caller_fd, self._caller_left)
-        self._source = Opening(self._loop, lambda: open_reply(self), self.cancellation)
+        self._source = self._pull.source = Opening(self._loop, lambda: open_reply(self), self.cancellation)
 
     def _caller_left(self) -> None:
-        self.cancellation.cancel(CallerGone())
+        if self.survives:
+            self.alone_since = self.alone_since or time.monotonic()
+        else:
+            self.cancellation.cancel(CallerGone())
+
+    def caller_stalled(self) -> None:
+        """For the sweep: the caller has not read for too long."""
+        if self.survives:
+            self._caller_left()
+        else:
+            self.cancellation.cancel(CallerStalled())
+        self.caller.hang_up()
 
     def stream(self) -> Iterator[bytes]:
         """The answer's bytes. The first next() returns b"" once the status is decided, and arms the cleanup.
@@ -101,13 +132,40 @@ class Answer:
         try:
             yield from self._relay()
         except GeneratorExit:
-            self._end(self.cancellation.error or CallerGone())
+            if self.survives and self.cancellation.error is None and self.tally.outcome is None:
+                self._leave_caller()
+            else:
+                self._end(self.cancellation.error or CallerGone())
             raise
         except self._loop.killed:
             self._end(self.cancellation.error or Interrupted())
             raise
         finally:
-            self.release()
+            if not self._goes_on:
+                self.release()
+
+    def _leave_caller(self) -> None:
+        """The caller is gone and the answer is to be finished: somebody else pulls from here on."""
+        self._goes_on = True
+        self.writing_since = 0.0
+        self.alone_since = self.alone_since or time.monotonic()
+        self._live.hangups.unwatch(self._caller_fd)
+        self._loop.spawn(self._go_on)
+
+    def _go_on(self) -> None:
+        try:
+            while self.tally.finish is None:
+                for event in self._pull.next(NEVER) or ():
+                    self._note(event)
+        except StreamChatError as error:
+            self._end(error)
+        except BaseException as error:
+            self._end(broken(self.order.id, error))
+            if isinstance(error, self._loop.killed):
+                raise
+        finally:
+            self._goes_on = False
+            self.close()
 
     def _relay(self) -> Iterator[bytes]:
         pieces = self._pieces()
@@ -130,7 +188,7 @@ class Answer:
         except BaseException as error:  # gevent.Timeout too: gunicorn would write a 500 into the answer
             if isinstance(error, self._loop.killed):
                 raise
-            failure = self._broken(error)
+            failure = broken(self.order.id, error)
         yield from self._fail(failure)
 
     def _head(self, pieces: Iterator[bytes]) -> tuple[bytes, StreamChatError | None]:
@@ -140,27 +198,18 @@ class Answer:
         except StreamChatError as error:
             return b"", error
         except Exception as error:
-            return b"", self._broken(error)
+            return b"", broken(self.order.id, error)
 
     def _fail(self, error: StreamChatError) -> Iterator[bytes]:
         self._end(error)
         if self._encoder.in_band and not isinstance(error, CallerGone):
-            failure = Failure(error.code, self.order.words(error), error.retryable)
+            failure = self._conclude(error, HOLD)
             self.writing_since = time.monotonic()
-            yield self._encode(failure)
+            yield self._encoder.encode(self._seq, failure)
             self.writing_since = 0.0
             self.caller.settle()
         else:
             self.caller.break_off()
-
-    def _broken(self, error: BaseException) -> StreamChatError:
-        """A fault of our own. Its words stay out of the log: they may be the upstream's."""
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame is not None else "unknown"
-        logger.error("answer %s broke: %s at %s", self.order.id, type(error).__name__, place)
-        return Interrupted()
 
     def _pieces(self) -> Iterator[bytes]:
         """What is written, from when the status is decided on. Raises the StreamChatError that ends the answer."""
@@ -168,7 +217,7 @@ class Answer:
         pending = self._encode(Start(self.order.id, self.order.prompt.model, int(self.tally.created_at)))
         decided, due = False, NEVER if encoder.patient else self.started + settings.status_hold
         while self.tally.finish is None:
-            events = self._pull(due)
+            events = self._pull.next(due)
             if events is None:
                 decided = True
                 pending += b"" if pending else encoder.heartbeat
@@ -176,50 +225,53 @@ class Answer:
                 decided = decided or any(encoder.writes(event) for event in events)
                 pending += b"".join([self._encode(event) for event in events])
                 events = None
+                if self._sheet is not None and self._sheet.lost and not self._warned:
+                    pending += self._warning("This answer can no longer be resumed: the log does not keep up.")
             if decided and (pending or self.tally.finish is not None):
                 self.writing_since = time.monotonic()  # for the sweep to see how long the server writes
                 yield pending
                 self.writing_since, pending = 0.0, b""
                 due = time.monotonic() + settings.heartbeat if encoder.heartbeat else NEVER
 
-    def _pull(self, due: float) -> list[Event] | None:
-        """The next events; None at the monotonic time `due`. Raises UpstreamTimeout or UpstreamStalled."""
-        assert self._source is not None
-        self._rest()
-        while True:
-            if time.monotonic() >= self._total_due:
-                raise UpstreamTimeout
-            events = self._source.read(min(due, self._progress_due, self._total_due))
-            now = time.monotonic()
-            if events:
-                self._reads += 1
-                if len(events) >= MANY_EVENTS:
-                    self._last_read = 0.0
-                self._progress_due = now + self._settings.idle_timeout
-                self.tally.first_piece = self.tally.first_piece or now - self.started
-                return events
-            if now >= self._progress_due:
-                raise UpstreamTimeout if self.tally.first_piece is None else UpstreamStalled
-            if now >= due:
-                return None
-
-    def _rest(self) -> None:
-        """Joins what comes within the coalescing time: after the first pieces there is one read in it."""
-        if self._reads >= EAGER_PIECES:
-            until = self._last_read + self._settings.coalesce_ms / 1000
-            if until > time.monotonic():
-                self._loop.pause(until)
-        self._last_read = time.monotonic()
-
     def _encode(self, event: Event) -> bytes:
-        if not isinstance(event, (Start, Failure)):
+        seq = self._seq
+        event = self._note(event)
+        warning = b""
+        if isinstance(event, Finish) and self._sheet is not None and not self._sheet.is_written(HOLD):
+            warning = self._warning("The log does not have the end of this answer yet.")
+        return warning + self._encoder.encode(seq, event)
+
+    def _note(self, event: Event) -> Event:
+        """Counts the event and has it logged; a Finish is logged with the final state. As it is to be told."""
+        if not isinstance(event, Start):
             event = self.tally.count(event)
-        encoded = self._encoder.encode(self._seq, event)
         self._seq += 1
-        return encoded
+        if self._sheet is not None:
+            if isinstance(event, Finish):
+                self._sheet.end(event, ending_of(self._record(), event))
+            else:
+                self._sheet.append(event)
+        return event
+
+    def _warning(self, message: str) -> bytes:
+        self._warned = True
+        return self._encoder.warn("not_resumable", message)
 
     def _end(self, error: StreamChatError) -> None:
+        if self.tally.outcome is None:
+            self._error = error
         self.tally.end(error.code)
+
+    def _conclude(self, error: StreamChatError, hold: float) -> Failure:
+        """Has the failure logged with the final state; waits for that at most `hold` seconds."""
+        failure = failure_of(error, self.order.words)
+        if self._sheet is not None and self._sheet.ending is None:
+            self._sheet.end(failure, ending_of(self._record(), failure))
+            self._sheet.is_written(hold)
+        return failure
+
+    def _record(self) -> Record:
+        return self.tally.record(self.order.id, self.order.user, self.order.prompt.model)
 
     def release(self) -> None:
         """Gives back the watch, the upstream's reply and the slot. Idempotent."""
@@ -235,8 +287,11 @@ class Answer:
 
     def close(self, error: StreamChatError | None = None) -> None:
         """The last call: releases, and tells the one record. Idempotent, from any greenlet or thread."""
+        if self._goes_on:
+            return
         self._end(error or self.cancellation.error or Interrupted())
         self.release()
         if self._recorded.acquire(blocking=False):
-            order = self.order
-            self._told(self.tally.record(order.id, order.user, order.prompt.model), self.tally.text)
+            if self.tally.finish is None:
+                self._conclude(self._error or Interrupted(), 0)
+            self._told(self._record(), self.tally.text)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .checks import GATEWAY_PARAMS, PARAMS
 from .errors import InvalidRequest
 from .schema import ChatRequest, Message, check_context, check_model, check_params, check_size, validated
-from .settings import GATEWAY_PARAMS, PARAMS, Settings
+from .settings import Settings
 
 
 class _Part(BaseModel):

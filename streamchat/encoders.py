@@ -43,6 +43,10 @@ class Encoder:
     def encode(self, seq: int, event: Event) -> bytes:
         raise NotImplementedError
 
+    def warn(self, code: str, message: str) -> bytes:
+        """A word about the log, not of the answer: it has no seq. b"" where the format has no room for it."""
+        return b""
+
 
 class TextEncoder(Encoder):
     """The text and nothing else. A refusal is what the model said, so it is text too."""
@@ -69,6 +73,9 @@ class SseEncoder(Encoder):
     def encode(self, seq: int, event: Event) -> bytes:
         return f"id: {seq}\nevent: {event.type}\ndata: {dumps(to_json(seq, event))}\n\n".encode("ascii")
 
+    def warn(self, code: str, message: str) -> bytes:
+        return f"event: warning\ndata: {dumps(_warning(code, message))}\n\n".encode("ascii")
+
 
 class NdjsonEncoder(Encoder):
     """One JSON object a line."""
@@ -79,6 +86,13 @@ class NdjsonEncoder(Encoder):
 
     def encode(self, seq: int, event: Event) -> bytes:
         return dumps(to_json(seq, event)).encode("ascii") + b"\n"
+
+    def warn(self, code: str, message: str) -> bytes:
+        return dumps(_warning(code, message)).encode("ascii") + b"\n"
+
+
+def _warning(code: str, message: str) -> dict[str, str]:
+    return {"type": "warning", "code": code, "message": message}
 
 
 class WholeEncoder(Encoder):

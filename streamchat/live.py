@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
 from .cancellation import Cancellation
-from .errors import CallerStalled, Draining, Interrupted, Overloaded
+from .errors import Draining, Interrupted, Overloaded, TooManyStreams
 from .hangup import Caller, Hangups
 from .loop import Loop
 
@@ -22,8 +23,14 @@ class Running(Protocol):
 
     cancellation: Cancellation
     caller: Caller
+    user: str | None
     started: float  # monotonic
     writing_since: float  # monotonic; 0.0 while nothing is being written
+
+    def caller_stalled(self) -> None: ...
+
+    def tick(self, now: float) -> None:
+        """Once a second. May not wait."""
 
     def release(self) -> None: ...
 
@@ -32,13 +39,22 @@ class Live:
     """One for each mounted blueprint and process. Sweeps once a second, and lets others `tidy` up then."""
 
     def __init__(
-        self, loop: Loop, most: int, write_timeout: float, total_timeout: float, tidy: Callable[[], None]
+        self,
+        loop: Loop,
+        most: int,
+        write_timeout: float,
+        total_timeout: float,
+        tidy: Callable[[], None],
+        most_of_user: int = 0,
     ) -> None:
         self.most = most
+        self._most_of_user = most_of_user
+        self._users: Counter[str] = Counter()
         self._tidy = tidy
         self.hangups = Hangups(loop, self.sweep)
         self._running: set[Running] = set()
-        self._lock = threading.Lock()  # threads would count together and then all enter
+        # Threads would count together and then all enter. The collector may end an answer while it is held: reentrant.
+        self._lock = threading.RLock()
         self._write_timeout = write_timeout
         self._longest = total_timeout + write_timeout + LEASE_SPARE
         self._is_stopping: Callable[[], bool] | None = None
@@ -56,17 +72,28 @@ class Live:
         return len(self._running)
 
     def admit(self, answer: Running) -> None:
-        """Gives the answer its slot. Raises Draining or Overloaded at once."""
+        """Gives the answer its slot. Raises Draining, Overloaded or TooManyStreams at once."""
         if self.draining:
             raise Draining(retry_after=RETRY_AFTER)
         with self._lock:
             if len(self._running) >= self.most:
                 raise Overloaded(retry_after=RETRY_AFTER)
+            if answer.user is not None:
+                if 0 < self._most_of_user <= self._users[answer.user]:
+                    raise TooManyStreams(retry_after=RETRY_AFTER)
+                self._users[answer.user] += 1
             self._running.add(answer)
 
     def leave(self, answer: Running) -> None:
         """Frees the slot. Idempotent."""
-        self._running.discard(answer)
+        with self._lock:
+            if answer not in self._running:
+                return
+            self._running.discard(answer)
+            if answer.user is not None:
+                self._users[answer.user] -= 1
+                if not self._users[answer.user]:
+                    del self._users[answer.user]
 
     def follow(self, is_stopping: Callable[[], bool], drain_seconds: float) -> None:
         """From when `is_stopping()` is true no answer is begun; those that still run after `drain_seconds` end."""
@@ -80,9 +107,9 @@ class Live:
         over = self.draining and now >= self._drain_at
         for answer in list(self._running):
             writing = now - answer.writing_since if answer.writing_since else 0.0
+            answer.tick(now)
             if writing > self._write_timeout:
-                answer.cancellation.cancel(CallerStalled())
-                answer.caller.hang_up()
+                answer.caller_stalled()
             if now - answer.started > self._longest:
                 answer.cancellation.cancel(Interrupted())
                 answer.release()

@@ -16,13 +16,14 @@ from typing import Any
 from flask import Flask, Request
 
 from .access import user_of_token
-from .answer import Answer, Order
+from .answer import Answer
 from .encoders import Encoder
 from .errors import SettingsError, StreamChatError, Unauthorized
 from .hangup import Caller
 from .ledger import Record, answer_finished, answer_started, log_record
 from .live import Live
 from .loop import Loop, choose_loop
+from .order import Order
 from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ

@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checks import PARAMS
 from .errors import InvalidRequest, PayloadTooLarge
-from .settings import PARAMS, Settings
+from .settings import Settings
 
 CONTEXT_BYTES = 4096  # the shop's own object; an id or two, not a place for documents
 

@@ -7,132 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import urlsplit
 
+from . import checks
+from .checks import Check
 from .errors import SettingsError
 
 PREFIX = "STREAMCHAT_"
-Check = Callable[[Any], Any]  # returns the value to keep, raises ValueError with "must be ..."
-
-PARAMS = ("temperature", "top_p", "max_output_tokens")
-# What an OpenAI client may send besides, where the operator names it. `n` and `logprobs` are not among them: one answer
-# is relayed, and its text.
-GATEWAY_PARAMS = (
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "reasoning_effort",
-    "verbosity",
-    "service_tier",
-    "metadata",
-    "user",
-)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be text that is not empty")
-    return value.strip()
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
-        raise ValueError('must be a list of names, such as ["a", "b"]')
-    if not all(isinstance(item, str) and item.strip() for item in value):
-        raise ValueError('must be a list of names that are not empty, such as ["a", "b"]')
-    return tuple(item.strip() for item in value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def _whole(low: int, high: int) -> Check:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return check
-
-
-def _seconds(low: float, high: float) -> Check:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return check
-
-
-def _one_of(*allowed: str) -> Check:
-    def check(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"must be one of: {', '.join(allowed)}")
-        return str(value)
-
-    return check
-
-
-def _params(value: Any) -> tuple[str, ...]:
-    names = _names(value)
-    if not set(names) <= {*PARAMS, *GATEWAY_PARAMS}:
-        raise ValueError(f"must be a list of some of: {', '.join((*PARAMS, *GATEWAY_PARAMS))}")
-    return names
-
-
-def _tokens(value: Any) -> tuple[tuple[str | None, str], ...]:
-    """(name, token) pairs; a list of tokens has no names."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else [(None, token) for token in _list(value)]
-    for name, token in pairs:
-        if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise ValueError("must hold tokens of printable ASCII without spaces")
-        if name is not None and not str(name).strip():
-            raise ValueError("must name every token")
-    return tuple((None if name is None else str(name), token) for name, token in pairs)
-
-
-def _list(value: Any) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, (list, tuple)):
-        raise ValueError('must be {"name": "token"} or a list of tokens')
-    return list(value)
-
-
-def _origins(value: Any) -> tuple[str, ...]:
-    try:
-        return tuple(_origin(item) for item in _names(value))
-    except ValueError:  # urlsplit's too
-        raise ValueError(
-            'must be a list of origins, such as ["https://shop.example"], without path or final slash'
-        ) from None
-
-
-def _origin(value: str) -> str:
-    parts = urlsplit(value.lower())
-    port = "" if parts.port is None else f":{parts.port}"
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not host or set(host) & set(" *@"):
-        raise ValueError
-    if value.lower() != f"{parts.scheme}://{host}{port}":
-        raise ValueError
-    return value.lower()
 
 
 def _setting(default: Any, check: Check, sentence: str, secret: bool = False) -> Any:
@@ -143,39 +26,67 @@ def _setting(default: Any, check: Check, sentence: str, secret: bool = False) ->
 class Settings:
     """The settings of one mounted blueprint; each field `name` is the key STREAMCHAT_NAME. Times are seconds."""
 
-    model: str = _setting("gpt-4.1-mini", _name, "The model that answers.")
-    models: tuple[str, ...] = _setting((), _names, "Further models that callers may choose by name.")
+    model: str = _setting("gpt-4.1-mini", checks.name, "The model that answers.")
+    models: tuple[str, ...] = _setting((), checks.names, "Further models that callers may choose by name.")
     params: tuple[str, ...] = _setting(
-        (), _params, "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway more."
+        (),
+        checks.params,
+        "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway more.",
     )
-    system_prompt: str = _setting("", _text, "What the model is told before the conversation.", secret=True)
-    max_output_tokens: int = _setting(4096, _whole(1, 10_000_000), "The longest answer, in tokens.")
-    max_input_chars: int = _setting(100_000, _whole(1, 100_000_000), "The longest conversation, in characters.")
-    max_body_bytes: int = _setting(1_000_000, _whole(100, 1_000_000_000), "The largest request body, in bytes.")
-    max_streams: int = _setting(900, _whole(1, 1_000_000), "Answers that one worker runs at a time.")
-    public: bool = _setting(False, _flag, "Anyone may ask: there is no authorize hook and no token.")
+    system_prompt: str = _setting("", checks.text, "What the model is told before the conversation.", secret=True)
+    max_output_tokens: int = _setting(4096, checks.whole(1, 10_000_000), "The longest answer, in tokens.")
+    max_input_chars: int = _setting(100_000, checks.whole(1, 100_000_000), "The longest conversation, in characters.")
+    max_body_bytes: int = _setting(1_000_000, checks.whole(100, 1_000_000_000), "The largest request body, in bytes.")
+    max_streams: int = _setting(900, checks.whole(1, 1_000_000), "Answers that one worker runs at a time.")
+    max_streams_per_user: int = _setting(
+        20, checks.whole(0, 1_000_000), "Answers of one user at a time; 0 is no limit."
+    )
+    max_streams_in_all: int = _setting(
+        0, checks.whole(0, 10_000_000), "Answers of all workers at a time, where there is a store; 0 is no limit."
+    )
+    tokens_per_day: int = _setting(
+        0, checks.whole(0, 10**12), "Tokens of one user in a day (UTC), where there is a store; 0 is no limit."
+    )
+    store_url: str = _setting(
+        "",
+        checks.store,
+        "The response log: sqlite:///path, redis://host or memory://; nothing is kept without.",
+        secret=True,
+    )
+    on_disconnect: str | float = _setting(
+        "cancel", checks.on_disconnect, "When a caller leaves: cancel, finish, or seconds to wait for one who reads on."
+    )
+    lease: float = _setting(15.0, checks.seconds(0.2, 3600), "Seconds after which a silent process counts as dead.")
+    retention: float = _setting(
+        86_400.0, checks.seconds(1, 10**9), "Seconds that the response log keeps an ended answer."
+    )
+    kept_bytes: int = _setting(0, checks.whole(0, 10**15), "The largest response log, in bytes; 0 is no limit.")
+    kept_bytes_per_user: int = _setting(0, checks.whole(0, 10**15), "The same of one user.")
+    public: bool = _setting(False, checks.flag, "Anyone may ask: there is no authorize hook and no token.")
     tokens: tuple[tuple[str | None, str], ...] = _setting(
-        (), _tokens, "Bearer tokens that may ask: {name: token}, or a list of tokens.", secret=True
+        (), checks.tokens, "Bearer tokens that may ask: {name: token}, or a list of tokens.", secret=True
     )
-    origins: tuple[str, ...] = _setting((), _origins, "Other sites whose pages may ask from a browser.")
+    origins: tuple[str, ...] = _setting((), checks.origins, "Other sites whose pages may ask from a browser.")
     http: str = _setting(
-        "auto", _one_of("auto", "fast", "sdk"), "How the upstream is reached: fast is ours, sdk is the SDK's own."
+        "auto", checks.one_of("auto", "fast", "sdk"), "How the upstream is reached: fast is ours, sdk is the SDK's own."
     )
     upstream_api: str = _setting(
-        "chat", _one_of("chat", "responses"), "The upstream's API: Chat Completions or Responses."
+        "chat", checks.one_of("chat", "responses"), "The upstream's API: Chat Completions or Responses."
     )
-    gateway: bool = _setting(False, _flag, "POST /v1/chat/completions and GET /v1/models answer OpenAI's own clients.")
-    connect_timeout: float = _setting(5.0, _seconds(0.01, 600), "Longest wait for a connection, all addresses.")
-    first_token_timeout: float = _setting(120.0, _seconds(0.01, 86_400), "Longest wait for the first piece.")
-    idle_timeout: float = _setting(60.0, _seconds(0.01, 86_400), "Longest silence between two pieces.")
-    total_timeout: float = _setting(570.0, _seconds(0.01, 86_400), "Longest time of one answer.")
-    max_retries: int = _setting(2, _whole(0, 10), "Further attempts before the first piece.")
-    status_hold: float = _setting(2.0, _seconds(0, 60), "How long the status waits for the first piece.")
-    heartbeat: float = _setting(15.0, _seconds(0.05, 3600), "Silence after which a heartbeat is written.")
-    coalesce_ms: int = _setting(40, _whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
-    write_timeout: float = _setting(30.0, _seconds(1, 3600), "How long a caller may leave a piece unread.")
+    gateway: bool = _setting(
+        False, checks.flag, "POST /v1/chat/completions and GET /v1/models answer OpenAI's own clients."
+    )
+    connect_timeout: float = _setting(5.0, checks.seconds(0.01, 600), "Longest wait for a connection, all addresses.")
+    first_token_timeout: float = _setting(120.0, checks.seconds(0.01, 86_400), "Longest wait for the first piece.")
+    idle_timeout: float = _setting(60.0, checks.seconds(0.01, 86_400), "Longest silence between two pieces.")
+    total_timeout: float = _setting(570.0, checks.seconds(0.01, 86_400), "Longest time of one answer.")
+    max_retries: int = _setting(2, checks.whole(0, 10), "Further attempts before the first piece.")
+    status_hold: float = _setting(2.0, checks.seconds(0, 60), "How long the status waits for the first piece.")
+    heartbeat: float = _setting(15.0, checks.seconds(0.05, 3600), "Silence after which a heartbeat is written.")
+    coalesce_ms: int = _setting(40, checks.whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
+    write_timeout: float = _setting(30.0, checks.seconds(1, 3600), "How long a caller may leave a piece unread.")
     grace: float = _setting(
-        120.0, _seconds(1, 86_400), "Seconds that a stopping worker has; gunicorn's graceful_timeout."
+        120.0, checks.seconds(1, 86_400), "Seconds that a stopping worker has; gunicorn's graceful_timeout."
     )
 
     @classmethod
@@ -186,7 +97,7 @@ class Settings:
         """
         given = {key[len(PREFIX) :].lower(): value for key, value in config.items() if key.startswith(PREFIX)}
         given |= overrides or {}
-        return cls(**{name: _checked(name, value) for name, value in given.items()})
+        return _fitting(cls(**{name: _checked(name, value) for name, value in given.items()}))
 
 
 TABLE = {setting.name: setting for setting in fields(Settings)}
@@ -209,6 +120,19 @@ def _checked(name: str, value: Any) -> Any:
     except ValueError as error:
         shown = "its value" if setting.metadata["secret"] else repr(value)
         raise SettingsError(f"{key(name)} {error}, not {shown}.") from None
+
+
+NEED_STORE = ("max_streams_in_all", "tokens_per_day")
+
+
+def _fitting(settings: Settings) -> Settings:
+    """Raises SettingsError where one setting needs another."""
+    wanting = [name for name in NEED_STORE if getattr(settings, name)]
+    if isinstance(settings.on_disconnect, float):
+        wanting.append("on_disconnect")
+    if wanting and not settings.store_url:
+        raise SettingsError(f"{key(wanting[0])} needs {key('store_url')}, such as sqlite:///streamchat.db.")
+    return settings
 
 
 def read_environ(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from streamchat import Record
-from streamchat.answer import Answer, Order
+from streamchat.answer import Answer
 from streamchat.cancellation import Cancellation
 from streamchat.encoders import ENCODERS
 from streamchat.errors import CallerGone, Draining, StreamChatError, UpstreamError, UpstreamIncomplete
@@ -22,6 +22,7 @@ from streamchat.hangup import Caller
 from streamchat.live import Live
 from streamchat.loop import NEVER, choose_loop
 from streamchat.opening import Opening
+from streamchat.order import Order
 from streamchat.prompt import Prompt
 from streamchat.settings import Settings
 from tests.fake_upstream import (

@@ -63,7 +63,9 @@ class Line(Caller):
 class Running:
     """What the sweep needs of an answer."""
 
-    def __init__(self, live: Live, *, age: float = 0, writing: float = 0) -> None:
+    def __init__(self, live: Live, *, age: float = 0, writing: float = 0, user: str | None = None) -> None:
+        self.user = user
+        self.ticks = 0
         self.cancellation = Cancellation()
         self.line = Line()
         self.caller: Caller = self.line
@@ -71,6 +73,13 @@ class Running:
         self.writing_since = time.monotonic() - writing if writing else 0.0
         self._live = live
         live.admit(self)
+
+    def caller_stalled(self) -> None:
+        self.cancellation.cancel(CallerStalled())
+        self.caller.hang_up()
+
+    def tick(self, now: float) -> None:
+        self.ticks += 1
 
     def release(self) -> None:
         self._live.leave(self)

@@ -1,0 +1,41 @@
+"""How an answer ended becomes its final state in the log, and the last event that its readers get."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from .errors import CallerGone, Cancelled, Interrupted, StreamChatError
+from .events import Failure, Finish
+from .ledger import Record
+from .store import Ending, Status
+
+logger = logging.getLogger("streamchat")
+
+# Everything else that is no finish is a failure.
+CANCELLED = ("cancelled", "caller_left", "caller_stalled")
+INCOMPLETE = ("length", "content_filter")  # finish reasons: the model was stopped
+
+
+def failure_of(error: StreamChatError, words: Callable[[StreamChatError], str]) -> Failure:
+    """The event for callers and readers; that somebody left is nobody else's business."""
+    told = Cancelled() if isinstance(error, CallerGone) else error
+    return Failure(told.code, words(told), told.retryable)
+
+
+def ending_of(record: Record, event: Finish | Failure) -> Ending:
+    if isinstance(event, Finish):
+        state: Status = "incomplete" if event.finish_reason in INCOMPLETE else "completed"
+        return Ending(record.id, state, record, event.finish_reason, event.usage)
+    state = "cancelled" if record.outcome in CANCELLED else "failed"
+    return Ending(record.id, state, record, error=event.code)
+
+
+def broken(id: str, error: BaseException) -> StreamChatError:
+    """A fault of our own. Its words stay out of the log: they may be the upstream's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame is not None else "unknown"
+    logger.error("answer %s broke: %s at %s", id, type(error).__name__, place)
+    return Interrupted()
