@@ -18,8 +18,7 @@ PREFIX = "STREAMCHAT_"
 Check = Callable[[Any], Any]  # returns the value to keep, raises ValueError with "must be ..."
 
 PARAMS = ("temperature", "top_p", "max_output_tokens")
-# What an OpenAI client may send besides, where the operator names it. `n` and `logprobs` are not among them: one answer
-# is relayed, and its text.
+# What an OpenAI client may send besides, where the operator names it.
 GATEWAY_PARAMS = (
     "tools",
     "tool_choice",
@@ -33,6 +32,9 @@ GATEWAY_PARAMS = (
     "reasoning_effort",
     "verbosity",
     "service_tier",
+    "n",
+    "logprobs",
+    "top_logprobs",
     "metadata",
     "user",
 )
@@ -146,7 +148,10 @@ class Settings:
     model: str = _setting("gpt-4.1-mini", _name, "The model that answers.")
     models: tuple[str, ...] = _setting((), _names, "Further models that callers may choose by name.")
     params: tuple[str, ...] = _setting(
-        (), _params, "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway more."
+        (),
+        _params,
+        "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway also tools, n, "
+        "logprobs and others.",
     )
     system_prompt: str = _setting("", _text, "What the model is told before the conversation.", secret=True)
     max_output_tokens: int = _setting(4096, _whole(1, 10_000_000), "The longest answer, in tokens.")

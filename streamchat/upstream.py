@@ -122,7 +122,7 @@ class Upstream:
         token = CURRENT.set(cancellation)
         try:
             response = self._post(client, prompt, until)
-            return self._reply(response, cancellation, trail)
+            return self._reply(response, self._api.decoder(prompt), cancellation, trail)
         except StreamChatError as error:
             failure: StreamChatError = error
         except Exception as error:
@@ -149,12 +149,14 @@ class Upstream:
             },
         )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
 
-    def _reply(self, response: httpx2.Response, cancellation: Cancellation, trail: Trail) -> Reply:
+    def _reply(
+        self, response: httpx2.Response, decoder: StreamDecoder, cancellation: Cancellation, trail: Trail
+    ) -> Reply:
         trail.status = response.status_code
         trail.request_id = safe_id(response.headers)
         body: Body | None = response.extensions.get(BODY)
         body = body or RelayedBody(self._loop, response.request, response, cancellation)
-        reply = Reply(body, self._api.decoder(), cancellation, trail)
+        reply = Reply(body, decoder, cancellation, trail)
         kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
         if kind != "text/event-stream" or response.headers.get("content-encoding", "identity") != "identity":
             reply.close()
