@@ -12,6 +12,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import gc  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
@@ -163,3 +164,5 @@ def post_worker_init(worker: Any) -> None:
     if hasattr(worker, "timeout_ctx"):  # the gevent worker's way to wait for a request
         worker.timeout_ctx = lambda: RequestTimeout(worker.cfg.keepalive, False)
         gevent.spawn(end_idle_connections, worker)
+    gc.collect()
+    gc.freeze()  # what is loaded by now lives as long as the worker: no collection has to look at it again

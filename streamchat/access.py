@@ -21,6 +21,7 @@ from .errors import (
     UnsupportedMediaType,
 )
 
+SITE_HEADERS = ("Sec-Fetch-Site", "Origin")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -45,7 +46,7 @@ def check_site(headers: Mapping[str, str], host: str, allowed: tuple[str, ...]) 
     Browsers say where a request comes from by Sec-Fetch-Site; older ones by Origin alone, whose host is compared with
     Host but not its scheme, since TLS may end at nginx. Raises Forbidden.
     """
-    site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
+    site, origin = (headers.get(name) for name in SITE_HEADERS)
     if origin is not None and origin.lower() in allowed:
         return origin
     if site is not None:

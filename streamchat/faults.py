@@ -6,8 +6,10 @@ Facts for on-call stay in the trail: a status, a request id, a code word.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 import httpx2
@@ -58,7 +60,7 @@ _CUT = re.compile("ended|clos|disconnect")  # how h11, httpcore2 and we word a c
 def translate(error: Exception, trail: Trail) -> StreamChatError:
     """The one place where foreign exceptions become ours. Their words are dropped."""
     if isinstance(error, openai.APIStatusError):
-        return _from_status(error, trail)
+        return from_status(error.status_code, error.response.headers, error.body, trail)
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
     kind = next((kind for foreign, kind in BY_CAUSE if isinstance(cause, foreign)), Interrupted)
     if isinstance(cause, httpx2.RemoteProtocolError) and not _CUT.search(str(cause)):
@@ -66,16 +68,26 @@ def translate(error: Exception, trail: Trail) -> StreamChatError:
     return kind()
 
 
-def _from_status(error: openai.APIStatusError, trail: Trail) -> UpstreamFailure:
-    trail.status = error.status_code
-    trail.request_id = safe_id(error.response.headers)
-    trail.code = public_code(error.body)
-    otherwise = BY_STATUS.get(error.status_code) or (UpstreamRejected if error.status_code < 500 else UpstreamError)
-    kind = otherwise if otherwise is UpstreamAuth else error_kind(error.body, otherwise)
-    return kind(retry_after=_retry_after(error.response.headers))
+def from_status(status: int, headers: Mapping[str, str], error: object, trail: Trail) -> UpstreamFailure:
+    """The failure that an HTTP status other than 2xx means; `error` is the error object of its body, if it has one."""
+    trail.status = status
+    trail.request_id = safe_id(headers)
+    trail.code = public_code(error)
+    otherwise = BY_STATUS.get(status) or (UpstreamRejected if status < 500 else UpstreamError)
+    kind = otherwise if otherwise is UpstreamAuth else error_kind(error, otherwise)
+    return kind(retry_after=_retry_after(headers))
 
 
-def _retry_after(headers: httpx2.Headers) -> int | None:
+def error_of(body: bytes) -> object:
+    """The error object in the body of a failed request, as the SDK takes it out; None where there is none."""
+    try:
+        document = json.loads(body)
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+    return document.get("error", document) if isinstance(document, dict) else document
+
+
+def _retry_after(headers: Mapping[str, str]) -> int | None:
     """Seconds out of Retry-After (RFC 9110 10.2.3: a number or a date), rounded up; None where it says nothing."""
     value = headers.get("retry-after", "")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -84,6 +96,6 @@ def _retry_after(headers: httpx2.Headers) -> int | None:
     return None
 
 
-def safe_id(headers: httpx2.Headers) -> str | None:
+def safe_id(headers: Mapping[str, str]) -> str | None:
     value = headers.get("x-request-id", "")
     return value if _SAFE_ID.fullmatch(value) else None

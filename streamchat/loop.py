@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-STEP = 0.005  # seconds; how late a pause may end: small beside the 25 ms in which pieces are joined
+STEP = 0.005  # seconds; how late a pause may end: small beside the 40 ms in which pieces are joined
 TICK = 0.1  # seconds; how late a wait under gevent may end: far below every time limit that is set in seconds
 NEVER = float("inf")
 

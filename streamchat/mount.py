@@ -182,7 +182,7 @@ class Mount:
         process.live.most = min(process.live.most, most)
         process.live.follow(is_stopping, drain_seconds)
         if self.hooks.client_factory is None:
-            process.upstream.client()
+            process.upstream.warm_up()
 
     def close(self) -> None:
         """Ends what the process holds. For tests; a worker that exits needs no call."""

@@ -177,7 +177,7 @@ class Settings:
     max_retries: int = _setting(2, _whole(0, 10), "Further attempts before the first piece.")
     status_hold: float = _setting(2.0, _seconds(0, 60), "How long the status waits for the first piece.")
     heartbeat: float = _setting(15.0, _seconds(0.05, 3600), "Silence after which a heartbeat is written.")
-    coalesce_ms: int = _setting(25, _whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
+    coalesce_ms: int = _setting(40, _whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
     write_timeout: float = _setting(30.0, _seconds(1, 3600), "How long a caller may leave a piece unread.")
     grace: float = _setting(
         120.0, _seconds(1, 86_400), "Seconds that a stopping worker has; gunicorn's graceful_timeout."

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import httpx2
 
@@ -28,6 +28,18 @@ DRAIN_STEP = 0.002  # asked so often: a wait of the loop's may end later than th
 
 # Who may end the request that this greenlet or thread is about to send: the SDK passes nothing of ours on.
 CURRENT: ContextVar[Cancellation] = ContextVar("streamchat_cancellation")
+
+
+class Route(NamedTuple):
+    """Whom a connection reaches."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: httpx2.URL) -> Route:
+        return cls(url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
 
 
 class Body(Protocol):
@@ -53,56 +65,66 @@ class FastTransport(httpx2.BaseTransport):
         self._tls = tls
         self._live = 0
         self._lock = threading.Lock()
-        self._idle: dict[tuple[str, str, int], list[Connection]] = {}
+        self._idle: dict[Route, list[Connection]] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Raises httpx2.PoolTimeout at once where the pool is full: waiting for a place would hold the caller up."""
+        """For an httpx2 client. Raises what `ask` raises."""
+        timeout: dict[str, float | None] = request.extensions.get("timeout", {})
+        connect_by, read_by = (monotonic_in(timeout.get(name)) for name in ("connect", "read"))
+        cancellation = CURRENT.get(None) or Cancellation()
+        whole = write_head(request) + b"".join(_sync(request))
+        body = self.ask(Route.of(request.url), whole, cancellation, connect_by, read_by)
+        return httpx2.Response(body.status, headers=body.raw_headers, stream=body, extensions={BODY: body})
+
+    def ask(
+        self, route: Route, request: bytes, cancellation: Cancellation, connect_by: float, read_by: float
+    ) -> FastBody:
+        """Sends a whole request, head and content; the body of the response, when its head is here.
+
+        Raises an httpx2.TransportError: PoolTimeout at once where the pool is full, since waiting for a place would
+        hold the caller up.
+        """
         self._enter()
         try:
-            return self._exchange(request)
+            return self._exchange(route, request, cancellation, connect_by, read_by)
         except BaseException:
             self._leave()
             raise
 
-    def _exchange(self, request: httpx2.Request) -> httpx2.Response:
-        head, content = write_head(request), b"".join(_sync(request))
-        timeout: dict[str, float | None] = request.extensions.get("timeout", {})
-        connection, key = self._connection(request, monotonic_in(timeout.get("connect")))
+    def _exchange(
+        self, route: Route, request: bytes, cancellation: Cancellation, connect_by: float, read_by: float
+    ) -> FastBody:
+        connection = self._connection(route, cancellation, connect_by)
         exchange = Exchange()
         try:
-            until = monotonic_in(timeout.get("read"))
             try:
-                connection.send(head + content, until)
+                connection.send(request, read_by)
             except httpx2.WriteError:
                 exchange.spoilt = True  # an upstream that says no may do so, and close, before it has read all
             while not exchange.head_complete:
-                _advance(connection, exchange, until, late=httpx2.ReadTimeout("no response in time"))
+                _advance(connection, exchange, read_by, late=httpx2.ReadTimeout("no response in time"))
         except BaseException:
             connection.close()
             raise
-        body = FastBody(self, connection, exchange, key)
-        return httpx2.Response(exchange.status, headers=exchange.headers, stream=body, extensions={BODY: body})
+        return FastBody(self, connection, exchange, route)
 
-    def _connection(self, request: httpx2.Request, until: float) -> tuple[Connection, tuple[str, str, int]]:
-        url = request.url
-        if url.scheme not in ("http", "https"):
+    def _connection(self, route: Route, cancellation: Cancellation, until: float) -> Connection:
+        if route.scheme not in ("http", "https"):
             raise httpx2.UnsupportedProtocol("the base URL must begin with http:// or https://")
-        secure = url.scheme == "https"
-        key = (url.scheme, url.host, url.port or (443 if secure else 80))
-        cancellation = CURRENT.get(None) or Cancellation()
-        kept = self._take(key)
+        kept = self._take(route)
         if kept is not None:
             kept.serve(cancellation)
-            return kept, key
-        return connect(self._loop, key[1], key[2], self._context() if secure else None, cancellation, until), key
+            return kept
+        tls = self._context() if route.scheme == "https" else None
+        return connect(self._loop, route.host, route.port, tls, cancellation, until)
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:  # loading the authorities takes tens of milliseconds: once
             self._tls = ssl.create_default_context()
         return self._tls
 
-    def _take(self, key: tuple[str, str, int]) -> Connection | None:
-        idle, now = self._idle.get(key, []), time.monotonic()
+    def _take(self, route: Route) -> Connection | None:
+        idle, now = self._idle.get(route, []), time.monotonic()
         while idle:
             with contextlib.suppress(IndexError):  # another thread was faster
                 connection = idle.pop()
@@ -111,7 +133,7 @@ class FastTransport(httpx2.BaseTransport):
                 connection.close()
         return None
 
-    def give_back(self, key: tuple[str, str, int], connection: Connection, kept: bool) -> None:
+    def give_back(self, route: Route, connection: Connection, kept: bool) -> None:
         """The one way out of `_live`: called once by each body."""
         self._leave()
         if not kept:
@@ -119,7 +141,7 @@ class FastTransport(httpx2.BaseTransport):
             return
         connection.rest()
         connection.idle_since = time.monotonic()
-        self._idle.setdefault(key, []).append(connection)
+        self._idle.setdefault(route, []).append(connection)
 
     def reap(self) -> None:
         """Closes what has been idle for too long; the oldest stand first. Never waits."""
@@ -186,14 +208,18 @@ def error_body(body: Body) -> Iterator[bytes]:
 class FastBody(httpx2.SyncByteStream):
     """The body of a response of FastTransport."""
 
-    def __init__(
-        self, transport: FastTransport, connection: Connection, exchange: Exchange, key: tuple[str, str, int]
-    ) -> None:
+    def __init__(self, transport: FastTransport, connection: Connection, exchange: Exchange, route: Route) -> None:
+        self.status = exchange.status
+        self.raw_headers = exchange.headers
         self._transport = transport
         self._connection = connection
         self._exchange = exchange
-        self._key = key
+        self._route = route
         self._closed = False
+
+    def headers(self) -> dict[str, str]:
+        """By their names in small letters; the last one of a name."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.raw_headers}
 
     def read(self, until: float) -> bytes | None:
         exchange = self._exchange
@@ -223,4 +249,4 @@ class FastBody(httpx2.SyncByteStream):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._transport.give_back(self._key, self._connection, self._exchange.may_be_kept())
+            self._transport.give_back(self._route, self._connection, self._exchange.may_be_kept())

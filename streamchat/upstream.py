@@ -5,11 +5,12 @@ Nothing that the upstream says leaves this file but events, a status, a request 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx2
@@ -27,12 +28,13 @@ from .errors import (
     UpstreamTimeout,
 )
 from .events import Event
-from .faults import safe_id, translate
+from .faults import error_of, from_status, safe_id, translate
 from .ledger import Trail
 from .loop import Loop
 from .prompt import APIS, Prompt
 from .sdk_transport import RelayedBody, SdkTransport, proxy_of
 from .settings import Settings
+from .template import ACCEPT, Template, learn
 from .transport import BODY, CURRENT, Body, FastTransport
 
 ClientFactory = Callable[[], openai.OpenAI]
@@ -55,6 +57,7 @@ class Upstream:
         self._factory = client_factory
         self._client: openai.OpenAI | None = None
         self._fast: FastTransport | None = None
+        self._template: Template | None = None
         self._making = threading.Lock()
 
     def client(self) -> openai.OpenAI:
@@ -64,6 +67,13 @@ class Upstream:
         with self._making:  # it waits for a subprocess; two clients would be two pools
             self._client = self._client or self._make_client()
         return self._client
+
+    def warm_up(self) -> None:
+        """Before the first answer: what is made once is made, as far as it can be."""
+        client = self.client()
+        if self._fast is not None and client is self._client:
+            with contextlib.suppress(Exception):  # told by the first answer, which meets it again
+                self._learned(client)
 
     def _make_client(self) -> openai.OpenAI:
         client = openai.OpenAI(
@@ -119,18 +129,57 @@ class Upstream:
         self, client: openai.OpenAI, prompt: Prompt, cancellation: Cancellation, trail: Trail, until: float
     ) -> Reply | StreamChatError:
         """One attempt. What failed is returned, to have no exception of the SDK, which holds the key, as context."""
-        token = CURRENT.set(cancellation)
         try:
-            response = self._post(client, prompt, until)
-            return self._reply(response, self._api.decoder(prompt), cancellation, trail)
+            if client is self._client and self._fast is not None:
+                return self._repeated(self._fast, client, prompt, cancellation, trail, until)
+            return self._posted(client, prompt, cancellation, trail, until)
         except StreamChatError as error:
             failure: StreamChatError = error
         except Exception as error:
             failure = translate(error, trail)
-        finally:
-            CURRENT.reset(token)
         cancellation.drop()
         return failure
+
+    def _repeated(
+        self,
+        fast: FastTransport,
+        client: openai.OpenAI,
+        prompt: Prompt,
+        cancellation: Cancellation,
+        trail: Trail,
+        until: float,
+    ) -> Reply:
+        """Sends what the SDK would send, without asking it again."""
+        template = self._learned(client)
+        asked = self._api.body(prompt, self._settings.max_output_tokens, template.route.host)
+        connect_by = min(until, time.monotonic() + self._settings.connect_timeout)
+        body = fast.ask(template.route, template.request(asked), cancellation, connect_by, until)
+        headers = body.headers()
+        if 200 <= body.status < 300:
+            return self._reply(prompt, body.status, headers, body, cancellation, trail)
+        try:
+            error = error_of(b"".join(body))
+        finally:
+            body.close()
+        raise from_status(body.status, headers, error, trail)
+
+    def _learned(self, client: openai.OpenAI) -> Template:
+        if self._template is None:
+            self._template = learn(client, self._api.path)
+        return self._template
+
+    def _posted(
+        self, client: openai.OpenAI, prompt: Prompt, cancellation: Cancellation, trail: Trail, until: float
+    ) -> Reply:
+        """Has the SDK send it, by its own HTTP or a shop's client."""
+        token = CURRENT.set(cancellation)
+        try:
+            response = self._post(client, prompt, until)
+        finally:
+            CURRENT.reset(token)
+        body: Body | None = response.extensions.get(BODY)
+        body = body or RelayedBody(self._loop, response.request, response, cancellation)
+        return self._reply(prompt, response.status_code, response.headers, body, cancellation, trail)
 
     def _post(self, client: openai.OpenAI, prompt: Prompt, until: float) -> httpx2.Response:
         settings, left = self._settings, max(0.01, until - time.monotonic())
@@ -142,7 +191,7 @@ class Upstream:
             stream=True,
             stream_cls=openai.Stream[Any],
             options={
-                "headers": {"Accept": "text/event-stream", "Accept-Encoding": "identity"},
+                "headers": ACCEPT,
                 "timeout": httpx2.Timeout(connect=connect, read=left, write=left, pool=connect),
                 "max_retries": 0,
                 "follow_redirects": False,  # that would send the conversation elsewhere, and be a second paid call
@@ -150,15 +199,19 @@ class Upstream:
         )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
 
     def _reply(
-        self, response: httpx2.Response, decoder: StreamDecoder, cancellation: Cancellation, trail: Trail
+        self,
+        prompt: Prompt,
+        status: int,
+        headers: Mapping[str, str],
+        body: Body,
+        cancellation: Cancellation,
+        trail: Trail,
     ) -> Reply:
-        trail.status = response.status_code
-        trail.request_id = safe_id(response.headers)
-        body: Body | None = response.extensions.get(BODY)
-        body = body or RelayedBody(self._loop, response.request, response, cancellation)
-        reply = Reply(body, decoder, cancellation, trail)
-        kind = response.headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
-        if kind != "text/event-stream" or response.headers.get("content-encoding", "identity") != "identity":
+        trail.status = status
+        trail.request_id = safe_id(headers)
+        reply = Reply(body, self._api.decoder(prompt), cancellation, trail)
+        kind = headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
+        if kind != "text/event-stream" or headers.get("content-encoding", "identity") != "identity":
             reply.close()
             raise UpstreamMalformed
         return reply

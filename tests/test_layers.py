@@ -44,11 +44,12 @@ LAYERS = {
     "store": Layer(2, "events ledger"),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
+    "template": Layer(2, "connection transport", "httpx2 openai"),
     "sdk_transport": Layer(1, "cancellation loop transport", "httpx2"),
     "faults": Layer(2, "decoder errors ledger", "httpx2 openai"),
     "upstream": Layer(
         2,
-        "cancellation decoder errors events faults ledger loop prompt sdk_transport settings transport",
+        "cancellation decoder errors events faults ledger loop prompt sdk_transport settings template transport",
         "httpx2 openai",
     ),
     "hangup": Layer(2, "cancellation loop"),
@@ -76,7 +77,7 @@ LAYERS = {
 # Names that only one module may touch.
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
 ONLY_IN = {
-    "openai": {"faults", "upstream"},
+    "openai": {"faults", "template", "upstream"},
     "httptools": {"connection"},
     "gevent": {"loop"},
     "pydantic": {"client_schema", "schema"},

@@ -57,7 +57,7 @@ def one_answer(server: Server, gates: list[Gate]) -> Counter[str]:
     return spent
 
 
-@pytest.mark.parametrize("coalesce_ms", ["0", "25"])
+@pytest.mark.parametrize("coalesce_ms", ["0", "40"])
 def test_pieces_that_come_in_one_read_leave_in_one_write(tmp_path: Path, coalesce_ms: str) -> None:
     gate = Gate()
     together = b"".join(chunk({"content": "piece"}) for _ in range(20))  # fits into one read
