@@ -154,6 +154,8 @@ class ChatDecoder(StreamDecoder):
         self._usage = usage_of(usage, "prompt_tokens", "completion_tokens") or self._usage
 
     def _delta(self, delta: dict[str, Any]) -> list[Event]:
+        if len(delta) == 1 and "content" in delta:  # what nearly all deltas are
+            return self._text("text", delta["content"])
         events: list[Event] = []
         for field, kind in _FIELDS:
             value = delta.get(field)
