@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 Check = Callable[[Any], Any]
 
 PARAMS = ("temperature", "top_p", "max_output_tokens")
-# What an OpenAI client may send besides, where the operator names it. `n` and `logprobs` are not among them: one answer
-# is relayed, and its text.
+# What an OpenAI client may send besides, where the operator names it.
 GATEWAY_PARAMS = (
     "tools",
     "tool_choice",
@@ -25,6 +24,9 @@ GATEWAY_PARAMS = (
     "reasoning_effort",
     "verbosity",
     "service_tier",
+    "n",
+    "logprobs",
+    "top_logprobs",
     "metadata",
     "user",
 )

@@ -8,8 +8,20 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from .encoders import Encoder, TextEncoder, WholeEncoder, dumps, joined
-from .events import Event, Failure, Finish, Reasoning, Refusal, Start, Text, ToolCall, usage_json
+from .encoders import Encoder, Gathered, TextEncoder, WholeEncoder, dumps, joined
+from .events import (
+    ChoiceEnd,
+    Event,
+    Failure,
+    Finish,
+    Logprobs,
+    Reasoning,
+    Refusal,
+    Start,
+    Text,
+    ToolCall,
+    usage_json,
+)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -41,6 +53,8 @@ class UiEncoder(Encoder):
             return self._piece("reasoning", event.text)
         if isinstance(event, ToolCall):
             return self._close() + self._call(event)
+        if isinstance(event, ChoiceEnd):
+            return b""  # useChat asks for one answer
         return self._close() + (self._finish(event) if isinstance(event, Finish) else self._fail(event)) + DONE
 
     def _piece(self, kind: str, text: str) -> bytes:
@@ -94,28 +108,35 @@ UI_ENCODERS: dict[str, type[Encoder]] = {encoder.mimetype: encoder for encoder i
 
 
 class OpenAiEncoder(Encoder):
-    """chat.completion.chunk objects. A failure is an error object, and no [DONE]."""
+    """chat.completion.chunk objects of so many choices. A failure is an error object, and no [DONE]."""
 
     mimetype = "text/event-stream"
     content_type = "text/event-stream; charset=utf-8"
     heartbeat = b": keep-alive\n"
 
-    def __init__(self, include_usage: bool = False) -> None:
+    def __init__(self, include_usage: bool = False, choices: int = 1) -> None:
         self._include_usage = include_usage
+        self._choices = choices
         self._head: dict[str, Any] = {}
 
     def encode(self, seq: int, event: Event) -> bytes:
         if isinstance(event, Start):
             self._head = _head(event, "chat.completion.chunk")
-            return self._chunk({"role": "assistant", "content": ""})
+            role = {"role": "assistant", "content": ""}
+            return b"".join([self._chunk(index, role) for index in range(self._choices)])
         if isinstance(event, Finish):
-            return self._chunk({}, event.finish_reason) + self._usage(event) + DONE
+            end = self._chunk(0, {}, None, event.finish_reason) if self._choices == 1 else b""  # else told by ChoiceEnd
+            return end + self._usage(event) + DONE
         if isinstance(event, Failure):
             return data({"error": openai_error(event.message, event.code, "server_error")})
-        return self._chunk(_delta(event))
+        if isinstance(event, ChoiceEnd):
+            return self._chunk(event.choice, {}, None, event.finish_reason)
+        return self._chunk(event.choice, _delta(event), event.logprobs)
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Logprobs | None = None, finish_reason: str | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return data({**self._head, "choices": [choice], **({"usage": None} if self._include_usage else {})})
 
     def _usage(self, finish: Finish) -> bytes:
@@ -126,14 +147,21 @@ class OpenAiWholeEncoder(WholeEncoder):
     """One chat.completion object."""
 
     def body(self, start: Start, finish: Finish) -> dict[str, object]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.text("text") or None}
-        message["refusal"] = self.text("refusal") or None
-        if self.text("reasoning"):
-            message["reasoning_content"] = self.text("reasoning")
-        if self.calls:
-            message["tool_calls"] = [_tool_call(call) for call in self.calls.values()]
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish.finish_reason}
-        return {**_head(start, "chat.completion"), "choices": [choice], "usage": _usage(finish)}
+        count = max(self.choices, default=0) + 1  # an empty answer has one, too
+        choices = [_choice(index, self.choices[index], finish.finish_reason) for index in range(count)]
+        return {**_head(start, "chat.completion"), "choices": choices, "usage": _usage(finish)}
+
+
+def _choice(index: int, said: Gathered, finish_reason: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": said.text("text") or None}
+    message["refusal"] = said.text("refusal") or None
+    if said.text("reasoning"):
+        message["reasoning_content"] = said.text("reasoning")
+    if said.calls:
+        message["tool_calls"] = [_tool_call(call) for call in said.calls.values()]
+    logprobs = {kind: tokens or None for kind, tokens in said.logprobs.items()} or None
+    ended = said.finish_reason or finish_reason
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": ended}
 
 
 def openai_error(message: str, code: str, kind: str, param: str | None = None) -> dict[str, Any]:

@@ -89,6 +89,9 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+MOST_CHOICES = 8  # each of them may cost STREAMCHAT_MAX_OUTPUT_TOKENS
+
+
 class _WireBody(BaseModel):
     """A Chat Completions request. Its parameters are checked by name against the allow-list."""
 
@@ -102,10 +105,15 @@ class _WireBody(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, strict=True)
+    logprobs: bool | None = Field(None, strict=True)
+    top_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
 
 
 # What says nothing more than the default does: clients send it unasked.
-HARMLESS: dict[str, tuple[Any, ...]] = {"n": (1, None), "logprobs": (False, None), "store": (False, None)}
+HARMLESS: dict[str, tuple[Any, ...]] = {"store": (False, None)}
+# The Responses API gives one answer, and tells probabilities without the bytes of their tokens.
+CHAT_ONLY = ("n", "logprobs", "top_logprobs")
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Delivery:
 
     stream: bool
     include_usage: bool
+    choices: int = 1
 
 
 def parse_gateway_request(body: bytes, settings: Settings) -> tuple[ChatRequest, Delivery]:
@@ -128,7 +137,7 @@ def parse_gateway_request(body: bytes, settings: Settings) -> tuple[ChatRequest,
     check_size(messages, settings)
     asked = ChatRequest(messages, check_model(parsed.model, settings), _gateway_params(parsed, settings), {}, wire)
     include_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-    return asked, Delivery(parsed.stream, include_usage)
+    return asked, Delivery(parsed.stream, include_usage, parsed.n or 1)
 
 
 def _words(content: str | list[dict[str, Any]] | None) -> str:
@@ -158,4 +167,16 @@ def _gateway_params(parsed: _WireBody, settings: Settings) -> dict[str, Any]:
     named = {name: value for name, value in extra.items() if name in GATEWAY_PARAMS}
     longest = parsed.max_completion_tokens or parsed.max_tokens
     known = {"temperature": parsed.temperature, "top_p": parsed.top_p, "max_output_tokens": longest}
-    return check_params({**known, **named}, settings)
+    return check_params({**known, **_choices(parsed, settings), **named}, settings)
+
+
+def _choices(parsed: _WireBody, settings: Settings) -> dict[str, Any]:
+    """How many answers, and with which probabilities; None for what says no more than the default does."""
+    if parsed.top_logprobs is not None and not parsed.logprobs:
+        raise InvalidRequest('The field "top_logprobs" needs "logprobs": true.')
+    n = parsed.n if parsed.n != 1 else None
+    asked = {"n": n, "logprobs": parsed.logprobs or None, "top_logprobs": parsed.top_logprobs}
+    for name in CHAT_ONLY:
+        if asked[name] is not None and settings.upstream_api != "chat":
+            raise InvalidRequest(f'The field "{name}" cannot be used here: the model is asked by the Responses API.')
+    return asked

@@ -98,7 +98,7 @@ class StreamDecoder:
         if self._finish_reason is None:
             raise UpstreamIncomplete
         self.finished = True
-        rest = [_rest(kind, text) for kind, text in self._join.rest()]
+        rest = [rest_of(kind, text) for kind, text in self._join.rest()]
         return [*rest, Finish(self._finish_reason, self._usage)]
 
     def _chunk(self, kind: bytes, payload: bytes) -> list[Event]:
@@ -125,27 +125,37 @@ class StreamDecoder:
 
     def _text(self, kind: str, text: Any) -> list[Event]:
         """A piece of text, reasoning or refusal; [] where nothing of it can be told yet."""
-        whole = self._join.join(kind, _string(text)) if text else ""
+        if not text:
+            return []
+        if not isinstance(text, str):
+            raise TypeError
+        whole = self._join.join(kind, text)
         return [_TEXTS[kind](whole)] if whole else []
 
     def _arguments(self, index: int, text: Any) -> str:
-        return self._join.join(f"tool {index}", _string(text or ""))
+        return self._join.join(f"tool {index}", string(text or ""))
 
 
 class ChatDecoder(StreamDecoder):
     """Bytes of a Chat Completions stream to events."""
 
     def _events(self, chunk: dict[str, Any]) -> list[Event]:
-        self._usage = usage_of(chunk.get("usage"), "prompt_tokens", "completion_tokens") or self._usage
+        if usage := chunk.get("usage"):
+            self._count(usage)
         for choice in chunk.get("choices") or ():
             if choice.get("index") or 0:
                 continue  # we ask for one answer; a second one is nobody's
             if choice.get("finish_reason"):
-                self._finish_reason = _string(choice["finish_reason"])
+                self._finish_reason = string(choice["finish_reason"])
             return self._delta(choice.get("delta") or {})
         return []
 
+    def _count(self, usage: Any) -> None:
+        self._usage = usage_of(usage, "prompt_tokens", "completion_tokens") or self._usage
+
     def _delta(self, delta: dict[str, Any]) -> list[Event]:
+        if len(delta) == 1 and "content" in delta:  # what nearly all deltas are
+            return self._text("text", delta["content"])
         events: list[Event] = []
         for field, kind in _FIELDS:
             value = delta.get(field)
@@ -183,15 +193,16 @@ class SurrogateJoiner:
         text = self._held.pop(kind, "") + text
         if "\ud800" <= text[-1:] <= "\udbff":
             self._held[kind], text = text[-1], text[:-1]
-        return _whole(text)
+        return mended(text)
 
     def rest(self) -> list[tuple[str, str]]:
         """What still waits at the end has lost its other half."""
         held, self._held = self._held, {}
-        return [(kind, _whole(text)) for kind, text in held.items()]
+        return [(kind, mended(text)) for kind, text in held.items()]
 
 
-def _whole(text: str) -> str:
+def mended(text: str) -> str:
+    """The text with U+FFFD for lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -199,17 +210,19 @@ def _whole(text: str) -> str:
     return text
 
 
-def _string(value: Any) -> str:
+def string(value: Any) -> str:
+    """The value, or TypeError."""
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
 def optional_string(value: Any) -> str | None:
-    return None if value is None else _string(value)
+    return None if value is None else string(value)
 
 
-def _rest(kind: str, text: str) -> Event:
+def rest_of(kind: str, text: str) -> Event:
+    """The event of what a SurrogateJoiner still held."""
     make = _TEXTS.get(kind)
     return make(text) if make else ToolCall(int(kind.removeprefix("tool ")), None, None, text)
 

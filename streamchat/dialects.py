@@ -38,7 +38,9 @@ def _read_ui(body: bytes, settings: Settings, accept: str | None) -> tuple[ChatR
 def _read_openai(body: bytes, settings: Settings, accept: str | None) -> tuple[ChatRequest, Encoder]:
     """OpenAI's clients say in the body what they want; their Accept header names JSON even where they stream."""
     asked, delivery = parse_gateway_request(body, settings)
-    return asked, OpenAiEncoder(delivery.include_usage) if delivery.stream else OpenAiWholeEncoder()
+    if not delivery.stream:
+        return asked, OpenAiWholeEncoder()
+    return asked, OpenAiEncoder(delivery.include_usage, delivery.choices)
 
 
 def _problem(error: StreamChatError, words: str, answer_id: str) -> tuple[dict[str, Any], str]:

@@ -6,14 +6,15 @@ An encoder owns what it writes and remembers only what its format needs. It neve
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from .errors import NotAcceptable
-from .events import ENDS, Event, Finish, Reasoning, Refusal, Start, Text, ToolCall, to_json, usage_json
+from .events import ENDS, ChoiceEnd, Event, Failure, Finish, Refusal, Start, Text, ToolCall, to_json, usage_json
 
 # ensure_ascii: U+2028 and its kin are line ends to some readers (requests' iter_lines), and a lone
 # surrogate has no UTF-8. One line, since both SSE and NDJSON end a record at a line feed.
@@ -49,7 +50,7 @@ class Encoder:
 
 
 class TextEncoder(Encoder):
-    """The text and nothing else. A refusal is what the model said, so it is text too."""
+    """The text and nothing else. A refusal is what the model said, so it is text too. Of several answers, the first."""
 
     mimetype = "text/plain"
     content_type = "text/plain; charset=utf-8"
@@ -60,7 +61,7 @@ class TextEncoder(Encoder):
         return isinstance(event, (Text, Refusal, *ENDS))
 
     def encode(self, seq: int, event: Event) -> bytes:
-        return event.text.encode() if isinstance(event, (Text, Refusal)) else b""
+        return event.text.encode() if isinstance(event, (Text, Refusal)) and not event.choice else b""
 
 
 class SseEncoder(Encoder):
@@ -95,6 +96,30 @@ def _warning(code: str, message: str) -> dict[str, str]:
     return {"type": "warning", "code": code, "message": message}
 
 
+class Gathered:
+    """One answer to the question, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, list[str]] = {}
+        self.calls: dict[int, ToolCall] = {}
+        self.logprobs: dict[str, list[Any]] = {}  # by "content" and "refusal"
+        self.finish_reason: str | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, ChoiceEnd):
+            self.finish_reason = event.finish_reason
+            return
+        if isinstance(event, ToolCall):
+            self.calls[event.index] = joined(self.calls.get(event.index), event)
+        else:
+            self.texts.setdefault(event.type, []).append(event.text)  # type: ignore[union-attr]
+        for kind, tokens in (event.logprobs or {}).items():  # type: ignore[union-attr]
+            self.logprobs.setdefault(kind, []).extend(tokens or ())
+
+    def text(self, kind: str) -> str:
+        return "".join(self.texts.get(kind, ()))
+
+
 class WholeEncoder(Encoder):
     """Gathers an answer, and writes it when it ends; its status is always the true one."""
 
@@ -106,8 +131,7 @@ class WholeEncoder(Encoder):
 
     def __init__(self) -> None:
         self.start: Start | None = None
-        self.texts: dict[str, list[str]] = {}
-        self.calls: dict[int, ToolCall] = {}
+        self.choices: defaultdict[int, Gathered] = defaultdict(Gathered)
 
     def writes(self, event: Event) -> bool:
         return isinstance(event, ENDS)
@@ -115,17 +139,12 @@ class WholeEncoder(Encoder):
     def encode(self, seq: int, event: Event) -> bytes:
         if isinstance(event, Start):
             self.start = event
-        elif isinstance(event, (Text, Reasoning, Refusal)):
-            self.texts.setdefault(event.type, []).append(event.text)
-        elif isinstance(event, ToolCall):
-            self.calls[event.index] = joined(self.calls.get(event.index), event)
         elif isinstance(event, Finish):
             assert self.start is not None, "an answer begins with Start"
             return dumps(self.body(self.start, event)).encode("ascii") + b"\n"
+        elif not isinstance(event, Failure):
+            self.choices[event.choice].add(event)
         return b""
-
-    def text(self, kind: str) -> str:
-        return "".join(self.texts.get(kind, ()))
 
     def body(self, start: Start, finish: Finish) -> dict[str, object]:
         raise NotImplementedError
@@ -147,7 +166,7 @@ class JsonEncoder(WholeEncoder):
             "status": "completed",
             "model": start.model,
             "created_at": start.created_at,
-            "text": self.text("text") + self.text("refusal"),
+            "text": self.choices[0].text("text") + self.choices[0].text("refusal"),
             "finish_reason": finish.finish_reason,
             "usage": usage_json(finish.usage),
             "error": None,

@@ -1,12 +1,17 @@
 """What an answer is made of: frozen values, and their JSON form. Knows no format, no HTTP, no clock.
 
-One delta of the upstream is one event with one `seq`; whoever numbers them counts from 0 without gaps.
+One delta of the upstream is one event with one `seq`; whoever numbers them counts from 0 without gaps. `choice` says
+which of several answers to one question it belongs to; only OpenAI's clients may ask for more than the one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+# As Chat Completions has them: {"content": [...] or None, "refusal": [...] or None}. Fields of it stay out of an
+# event's hash, since a dict has none.
+Logprobs = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class Text:
 
     type: ClassVar[str] = "text"
     text: str
+    choice: int = 0
+    logprobs: Logprobs | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,8 @@ class Reasoning:
 
     type: ClassVar[str] = "reasoning"
     text: str
+    choice: int = 0
+    logprobs: Logprobs | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,8 @@ class Refusal:
 
     type: ClassVar[str] = "refusal"
     text: str
+    choice: int = 0
+    logprobs: Logprobs | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,17 @@ class ToolCall:
     id: str | None
     name: str | None
     arguments: str
+    choice: int = 0
+    logprobs: Logprobs | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    """One of several answers is whole. Finish still ends them all, when each of them has ended."""
+
+    type: ClassVar[str] = "choice_end"
+    finish_reason: str
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +91,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The upstream said that the answer is whole. `usage` is None until somebody counted."""
+    """The upstream said that the answer is whole. `usage` is None until somebody counted.
+
+    Of several answers, `finish_reason` is that of the first.
+    """
 
     type: ClassVar[str] = "finish"
     finish_reason: str
@@ -86,8 +111,9 @@ class Failure:
     retryable: bool
 
 
-Event = Start | Text | Reasoning | Refusal | ToolCall | Finish | Failure
+Event = Start | Text | Reasoning | Refusal | ToolCall | ChoiceEnd | Finish | Failure
 ENDS = (Finish, Failure)
+UNSAID = frozenset({"choice", "logprobs"})  # left out of the JSON form where they are 0 and None
 
 
 def usage_json(usage: Usage | None) -> dict[str, object] | None:
@@ -103,8 +129,12 @@ def usage_json(usage: Usage | None) -> dict[str, object] | None:
 
 
 def to_json(seq: int, event: Event) -> dict[str, object]:
-    """The JSON object of one event: type, seq, then its own fields in their order."""
-    head: dict[str, object] = {"type": event.type, "seq": seq}
+    """The JSON object of one event: type, seq, then its own fields in their order; UNSAID where they say nothing."""
+    body: dict[str, object] = {"type": event.type, "seq": seq}
     if isinstance(event, Finish):
-        return head | {"finish_reason": event.finish_reason, "usage": usage_json(event.usage)}
-    return head | {name: getattr(event, name) for name in event.__slots__}
+        return body | {"finish_reason": event.finish_reason, "usage": usage_json(event.usage)}
+    for name in event.__slots__:
+        value = getattr(event, name)
+        if value or name not in UNSAID:
+            body[name] = value
+    return body

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .choices_decoder import ChoicesDecoder
 from .decoder import ChatDecoder, StreamDecoder
 from .responses_decoder import ResponsesDecoder
 
@@ -21,12 +22,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Api:
-    """One way to ask: where, with what body, and how the answer is read. `body` takes the prompt, the longest answer
-    in tokens, and the host that is asked."""
+    """One way to ask: where, with what body, and how the answer to a prompt is read. `body` takes the prompt, the
+    longest answer in tokens, and the host that is asked."""
 
     path: str
     body: Callable[[Prompt, int, str], dict[str, Any]]
-    decoder: Callable[[], StreamDecoder]
+    decoder: Callable[[Prompt], StreamDecoder]
 
 
 def chat_body(prompt: Prompt, longest: int, host: str) -> dict[str, Any]:
@@ -38,6 +39,11 @@ def chat_body(prompt: Prompt, longest: int, host: str) -> dict[str, Any]:
         _limit_name(host): prompt.params.get("max_output_tokens", longest),
         **_without_limit(prompt.params),
     }
+
+
+def chat_decoder(prompt: Prompt) -> StreamDecoder:
+    choices, logprobs = prompt.params.get("n", 1), prompt.params.get("logprobs", False)
+    return ChoicesDecoder(choices, logprobs) if choices > 1 or logprobs else ChatDecoder()
 
 
 def _limit_name(host: str) -> str:
@@ -95,6 +101,6 @@ def _text_format(response_format: dict[str, Any]) -> dict[str, Any]:
 
 
 APIS = {
-    "chat": Api("/chat/completions", chat_body, ChatDecoder),
-    "responses": Api("/responses", responses_body, ResponsesDecoder),
+    "chat": Api("/chat/completions", chat_body, chat_decoder),
+    "responses": Api("/responses", responses_body, lambda prompt: ResponsesDecoder()),
 }

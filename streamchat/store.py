@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .events import Event, Failure, Finish, Reasoning, Refusal, Start, Text, ToolCall, Usage
+from .events import ChoiceEnd, Event, Failure, Finish, Reasoning, Refusal, Start, Text, ToolCall, Usage
 from .ledger import Record
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
 LIVE: tuple[Status, ...] = ("queued", "in_progress")
 
 KINDS: dict[str, type[Event]] = {
-    kind.type: kind for kind in (Start, Text, Reasoning, Refusal, ToolCall, Finish, Failure)
+    kind.type: kind for kind in (Start, Text, Reasoning, Refusal, ToolCall, ChoiceEnd, Finish, Failure)
 }
 _dumps = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode  # lone surrogates pass as escapes
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .events import Event, Finish, ToolCall, Usage
+from .events import ChoiceEnd, Event, Finish, ToolCall, Usage
 from .ledger import Record, Trail
 
 CHARS_A_TOKEN = 4  # OpenAI's rule of thumb for English; used only where the upstream does not count
@@ -27,11 +27,12 @@ class Tally:
         self._messages = messages
         self._pieces = 0
         self._chars = 0
-        self._text: list[str] | None = [] if keep_text else None
+        self._texts: dict[int, list[str]] | None = {} if keep_text else None  # of each choice
 
     @property
     def text(self) -> str:
-        return "".join(self._text or ())
+        """What was said; several answers one after the other, a blank line between them."""
+        return "\n\n".join("".join(pieces) for _, pieces in sorted((self._texts or {}).items()))
 
     def count(self, event: Event) -> Event:
         """The event as it is to be told: a Finish has its usage, estimated where the upstream did not count."""
@@ -39,11 +40,13 @@ class Tally:
             self.outcome = "completed"
             self.finish = event if event.usage is not None else replace(event, usage=self._estimate())
             return self.finish
+        if isinstance(event, ChoiceEnd):
+            return event
         text = event.arguments if isinstance(event, ToolCall) else event.text  # type: ignore[union-attr]
         self._pieces += 1
         self._chars += len(text)
-        if self._text is not None and event.type in ("text", "refusal"):
-            self._text.append(text)
+        if self._texts is not None and event.type in ("text", "refusal"):
+            self._texts.setdefault(event.choice, []).append(text)  # type: ignore[union-attr]
         return event
 
     def end(self, outcome: str) -> None:

@@ -156,7 +156,7 @@ class Upstream:
         body = fast.ask(template.route, template.request(asked), cancellation, connect_by, until)
         headers = body.headers()
         if 200 <= body.status < 300:
-            return self._reply(body.status, headers, body, cancellation, trail)
+            return self._reply(prompt, body.status, headers, body, cancellation, trail)
         try:
             error = error_of(b"".join(body))
         finally:
@@ -179,7 +179,7 @@ class Upstream:
             CURRENT.reset(token)
         body: Body | None = response.extensions.get(BODY)
         body = body or RelayedBody(self._loop, response.request, response, cancellation)
-        return self._reply(response.status_code, response.headers, body, cancellation, trail)
+        return self._reply(prompt, response.status_code, response.headers, body, cancellation, trail)
 
     def _post(self, client: openai.OpenAI, prompt: Prompt, until: float) -> httpx2.Response:
         settings, left = self._settings, max(0.01, until - time.monotonic())
@@ -199,11 +199,17 @@ class Upstream:
         )  # type: ignore[return-value]  # cast_to decides; the overload promises stream_cls
 
     def _reply(
-        self, status: int, headers: Mapping[str, str], body: Body, cancellation: Cancellation, trail: Trail
+        self,
+        prompt: Prompt,
+        status: int,
+        headers: Mapping[str, str],
+        body: Body,
+        cancellation: Cancellation,
+        trail: Trail,
     ) -> Reply:
         trail.status = status
         trail.request_id = safe_id(headers)
-        reply = Reply(body, self._api.decoder(), cancellation, trail)
+        reply = Reply(body, self._api.decoder(prompt), cancellation, trail)
         kind = headers.get("content-type", "text/event-stream").partition(";")[0].strip().lower()
         if kind != "text/event-stream" or headers.get("content-encoding", "identity") != "identity":
             reply.close()

@@ -17,7 +17,7 @@ from streamchat.answer import Answer
 from streamchat.cancellation import Cancellation
 from streamchat.encoders import ENCODERS
 from streamchat.errors import CallerGone, Draining, StreamChatError, UpstreamError, UpstreamIncomplete
-from streamchat.events import Event, Finish, Reasoning, Text, Usage
+from streamchat.events import ChoiceEnd, Event, Finish, Reasoning, Refusal, Text, Usage
 from streamchat.hangup import Caller
 from streamchat.live import Live
 from streamchat.loop import NEVER, choose_loop
@@ -698,6 +698,15 @@ def test_the_text_is_kept_only_where_it_is_wanted() -> None:
             b"".join(made.answer.stream())
             made.answer.close()
             assert made.told[0][1] == kept
+
+
+def test_the_text_of_several_answers_is_kept_one_after_the_other() -> None:
+    pieces: list[Event] = [Text("B", 1), Text("A"), Refusal("b", 1), ChoiceEnd("stop", 1), Text("a"), ChoiceEnd("stop")]
+    with bench(pieces, [END], keep_text=True) as made:
+        b"".join(made.answer.stream())
+        made.answer.close()
+        ((record, kept),) = made.told
+        assert (record.outcome, record.pieces, kept) == ("completed", 4, "Aa\n\nBb")
 
 
 @pytest.mark.parametrize("broken", ["hangups.watch", "loop.spawn"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from streamchat.events import (
     ENDS,
+    ChoiceEnd,
     Event,
     Failure,
     Finish,
@@ -23,6 +24,7 @@ from streamchat.events import (
     to_json,
     usage_json,
 )
+from streamchat.store import pack, unpack
 
 # The examples that the documentation gives, with spaces taken out.
 EXAMPLES: list[tuple[int, Event, str]] = [
@@ -39,6 +41,8 @@ EXAMPLES: list[tuple[int, Event, str]] = [
         ToolCall(0, "call_1", "get_weather", '{"ci'),
         '{"type":"tool_call","seq":4,"index":0,"id":"call_1","name":"get_weather","arguments":"{\\"ci"}',
     ),
+    (5, Text("Hi", 1), '{"type":"text","seq":5,"text":"Hi","choice":1}'),
+    (6, ChoiceEnd("length", 1), '{"type":"choice_end","seq":6,"finish_reason":"length","choice":1}'),
     (
         9,
         Finish("stop", Usage(19, 10)),
@@ -64,6 +68,29 @@ def test_an_event_is_a_value(event: Event) -> None:
         setattr(event, dataclasses.fields(event)[0].name, "changed")
     assert event == dataclasses.replace(event)
     assert hash(event) == hash(dataclasses.replace(event))
+
+
+@pytest.mark.parametrize("event", [event for _, event, _ in EXAMPLES], ids=lambda event: event.type)
+def test_a_store_gives_back_the_event_that_it_was_given(event: Event) -> None:
+    assert unpack(pack([event, event])) == [event, event]
+
+
+PROBABLE: dict[str, object] = {"content": [{"token": "\ud83d", "logprob": -0.5}], "refusal": None}
+
+
+@pytest.mark.parametrize("kind", [Text, Reasoning, Refusal])
+def test_probabilities_stand_in_json_and_in_a_store_where_there_are_any(
+    kind: type[Text | Reasoning | Refusal],
+) -> None:
+    event = kind("Hi", 0, PROBABLE)
+    assert to_json(1, event) == {"type": kind.type, "seq": 1, "text": "Hi", "logprobs": PROBABLE}
+    assert unpack(pack([event])) == [event]
+    assert event != kind("Hi")
+    assert hash(event) == hash(kind("Hi"))
+
+
+def test_an_event_that_was_stored_without_choices_is_of_the_first() -> None:
+    assert unpack(b'[["text","Hi"],["tool_call",0,null,null,"x"]]') == [Text("Hi"), ToolCall(0, None, None, "x")]
 
 
 def test_only_finish_and_error_end_an_answer() -> None:

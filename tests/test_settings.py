@@ -232,6 +232,11 @@ def test_settings_are_frozen_and_keep_no_hold_of_the_configuration() -> None:
         settings.model = "b"  # type: ignore[misc]
 
 
+def test_what_an_openai_client_may_send_besides_is_named_with_the_parameters() -> None:
+    names = ("n", "logprobs", "top_logprobs", "tools", "temperature")
+    assert Settings.from_mapping({"STREAMCHAT_PARAMS": list(names)}).params == names
+
+
 def test_seconds_may_be_whole_or_not() -> None:
     for value in (1, 1.5):
         assert Settings.from_mapping({"STREAMCHAT_IDLE_TIMEOUT": value}).idle_timeout == value

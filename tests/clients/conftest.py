@@ -25,6 +25,9 @@ SETTINGS: dict[str, Any] = {
     "params": '["temperature", "max_output_tokens", "tools", "tool_choice", "seed"]',
 }
 
+# Servers with this one allow several answers and probabilities; the Responses API has neither.
+NAMES_ALL = SETTINGS["params"].replace("]", ', "n", "logprobs", "top_logprobs"]')
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
@@ -60,7 +63,8 @@ def servers(upstream_server: FakeUpstream, tmp_path_factory: pytest.TempPathFact
     special = {
         "hasty": {"status_hold": "0.1", "heartbeat": "0.05", "idle_timeout": "5"},
         "chat": {"upstream_api": "chat"},
-        "responses": {"upstream_api": "responses"},
+        "responses": {"upstream_api": "responses", "params": NAMES_ALL},
+        "choices": {"params": NAMES_ALL},
         "tokens": {
             "tokens": f'{{"ada": "{TOKEN}"}}',
             "public": "false",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.clients.choices import SCRIPTS
 from tests.clients.corpus import CASES, pieces, played, upstream_bytes
 from tests.fake_upstream import (
     Fin,
@@ -131,6 +132,8 @@ def script_of(request: RecordedRequest) -> Step:
     name, api = str(messages_of(request)[-1]["content"]), api_of(request)
     if name in FAULTS:
         return FAULTS[name].script(api)
+    if name in SCRIPTS:
+        return SCRIPTS[name]
     if name in SPECIAL:
         return SPECIAL[name](api)
     return played(name if name in CASES else "text", api)
