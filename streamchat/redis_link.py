@@ -27,6 +27,7 @@ PATIENCE = 1.9  # seconds for a command with all that it waits for; the contract
 POOL_WAIT = 0.6
 SOCKET_WAIT = 0.4
 LEAST_WAIT = 0.05
+TELL_AGAIN = 60.0  # seconds
 # The URL's query cannot overrule these. Nothing is retried: whoever calls knows better whether to.
 CONNECTION: dict[str, Any] = {
     "protocol": 2,  # no HELLO: one round trip less
@@ -68,7 +69,7 @@ class Link:
         self._pool = redis.BlockingConnectionPool(
             max_connections=CONNECTIONS, timeout=POOL_WAIT, connection_class=make, **self._options
         )
-        self._trouble = ""
+        self._told: dict[str, float] = {}  # when, monotonic
         self._lock = threading.Lock()
 
     def script(self, script: Script, *values: Any) -> Any:
@@ -97,7 +98,6 @@ class Link:
             raise OutcomeUnknown from None
         finally:
             self._pool.release(connection)
-        self._well()
         return reply
 
     def _connection(self) -> Any:
@@ -122,17 +122,14 @@ class Link:
         self._pool.disconnect()
 
     def _down(self, error: Exception) -> StoreDown:
-        """Logged when the trouble is another than before: a dead store is asked many times a second."""
+        """Logged once a minute for each kind of trouble: a dead store is asked many times a second."""
         found = CODE.match(str(error)) if isinstance(error, redis.ResponseError) else None
         trouble = found.group() if found else type(error).__name__
+        now = time.monotonic()
         with self._lock:
-            if trouble != self._trouble:
-                self._trouble = trouble
-                logger.warning("Redis does not do what it is asked: %s", trouble)
+            is_told = now < self._told.get(trouble, -TELL_AGAIN) + TELL_AGAIN
+            if not is_told:
+                self._told[trouble] = now
+        if not is_told:
+            logger.warning("Redis does not do what it is asked: %s", trouble)
         return StoreDown()
-
-    def _well(self) -> None:
-        if self._trouble:
-            with self._lock:
-                self._trouble = ""
-            logger.warning("Redis answers again")

@@ -151,7 +151,7 @@ class RedisListener:
         self._cancelled: list[str] = []
 
     def add(self, id: str) -> None:
-        channel = self._events + id.encode()
+        channel = self._channel(id)
         until = time.monotonic() + CONFIRM_WITHIN
         self._wanted[channel] = id
         try:
@@ -169,8 +169,11 @@ class RedisListener:
             self._wanted.pop(channel, None)
             raise
 
+    def _channel(self, id: str) -> bytes:
+        return self._events + id.encode("utf-8", "surrogatepass")
+
     def drop(self, id: str) -> None:
-        channel = self._events + id.encode()
+        channel = self._channel(id)
         line = self._line
         if self._wanted.pop(channel, None) is not None and line is not None:
             try:
@@ -198,14 +201,16 @@ class RedisListener:
             self._lose(line)
 
     def _pump(self, line: Line, until: float, done: Callable[[], bool]) -> None:
-        """Receives, or lets another one receive, until it is done, too late, or the line is lost."""
+        """Receives, or lets another one receive, until it is done, too late, or the line is lost. Once at least."""
+        is_late = False
         while True:
             with self._turn:
                 left = until - time.monotonic()
-                if done() or left <= 0 or self._line is not line:
+                if done() or is_late or self._line is not line:
                     return
+                is_late = left <= 0
                 if self._reading:
-                    self._turn.wait(left)
+                    self._turn.wait(max(LEAST_WAIT, left))
                     continue
                 self._reading = True
             messages: list[list[bytes]] = []
@@ -225,11 +230,13 @@ class RedisListener:
         if not self._connecting.acquire(timeout=max(0.0, until - time.monotonic())):
             raise StoreDown
         try:
-            if self._line is None and not self._closed:
-                self._line = self._connect(until)
+            line = self._line or self._connect(until)
+            with self._turn:
+                self._line = None if self._closed else line
             if self._line is None:
+                line.close()
                 raise StoreDown
-            return self._line
+            return line
         finally:
             self._connecting.release()
 

@@ -104,16 +104,18 @@ end
 return 1
 """)
 
-# owner, id, user, key, fingerprint, chat, reserve, attempt, the three limits, day, then the row's other fields
+# owner, id, user, key, fingerprint, chat, reserve, attempt, the three limits, day, time, then the row's other fields
 ADMIT = Script("""
 local owner, id, user, key, print, chat = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local reserve, attempt, day = tonumber(ARGV[7]), ARGV[8], ARGV[12]
+local reserve, attempt, day, created = tonumber(ARGV[7]), ARGV[8], ARGV[12], ARGV[13]
 local most_of_user, most, tokens = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
 if not lives(owner) then return {'lost'} end
 if key ~= '' then
-  local told = call('HMGET', P .. 'key:' .. key, 'id', 'fingerprint')
-  if told[1] and told[2] ~= print then return {'mismatch'} end
-  if told[1] and told[1] ~= id then return {'told', told[1]} end
+  local told = call('HMGET', P .. 'key:' .. key, 'id', 'fingerprint', 'created')
+  if told[1] and tonumber(told[3]) > tonumber(created) - 86400 then
+    if told[2] ~= print then return {'mismatch'} end
+    if told[1] ~= id then return {'told', told[1]} end
+  end
 end
 if call('EXISTS', P .. 'answer:' .. id) == 1 then
   call('HSET', P .. 'answer:' .. id, 'attempt', attempt)
@@ -139,19 +141,20 @@ if user ~= '' and (most_of_user > 0 or tokens > 0) then
   if tokens > 0 and (used >= tokens or used + reserve > tokens) then return {'budget'} end
 end
 call('HSET', P .. 'answer:' .. id, 'owner', owner, 'next', 0, 'bytes', 0, 'reserve', reserve, 'attempt', attempt,
-     'by', user, 'key', key, 'chatkey', chat, unpack(ARGV, 13))
+     'by', user, 'key', key, 'chatkey', chat, 'created', created, unpack(ARGV, 14))
 call('SADD', P .. 'live:' .. owner, id)
 if user ~= '' then call('HSET', P .. 'slots:' .. user, id, owner .. ' ' .. reserve) end
 if chat ~= '' then call('SET', P .. 'chat:' .. chat, id) end
 if key ~= '' then
-  call('HSET', P .. 'key:' .. key, 'id', id, 'fingerprint', print)
+  call('HSET', P .. 'key:' .. key, 'id', id, 'fingerprint', print, 'created', created)
   call('EXPIRE', P .. 'key:' .. key, 86400)
 end
 return {'told', id}
 """)
 
 # owner, milliseconds to keep, how many batches; each id, last, count, payload; then endings, each id, status, told,
-# day, tokens, record
+# day, tokens, record. Returns 0 where the owner is dead; nothing is written either where batches begin with events that
+# are kept: their places and what is to come next of their answers is returned.
 WRITE = Script("""
 local owner, keep, batches = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not lives(owner) then return 0 end
@@ -159,19 +162,26 @@ local rows = {}
 local function own(id)
   if rows[id] == nil then
     local row = call('HMGET', P .. 'answer:' .. id, 'owner', 'status', 'next', 'bytes')
-    rows[id] = row[1] == owner and running(row[2]) and {tonumber(row[3]), tonumber(row[4]), false}
+    rows[id] = row[1] == owner and running(row[2]) and {next = tonumber(row[3]), bytes = tonumber(row[4])}
   end
   return rows[id]
 end
+local new, overlaps = {}, {}
 for i = 4, 3 + batches * 4, 4 do
-  local row, last = own(ARGV[i]), tonumber(ARGV[i + 1])
-  if row and last >= row[1] then
-    append(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
-    row[1], row[2], row[3] = last + 1, row[2] + #ARGV[i + 3], true
+  local row, last, count = own(ARGV[i]), tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+  if row and last >= row.next then
+    if last - count + 1 < row.next then
+      overlaps[#overlaps + 1] = (i - 4) / 4
+      overlaps[#overlaps + 1] = row.next
+    end
+    new[#new + 1] = i
+    row.next, row.bytes, row.changed = last + 1, row.bytes + #ARGV[i + 3], true
   end
 end
+if #overlaps > 0 then return overlaps end
+for _, i in ipairs(new) do append(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]) end
 for id, row in pairs(rows) do
-  if row and row[3] then call('HSET', P .. 'answer:' .. id, 'next', row[1], 'bytes', row[2]) end
+  if row and row.changed then call('HSET', P .. 'answer:' .. id, 'next', row.next, 'bytes', row.bytes) end
 end
 for i = 4 + batches * 4, #ARGV, 6 do
   if own(ARGV[i]) then
@@ -179,7 +189,7 @@ for i = 4 + batches * 4, #ARGV, 6 do
     rows[ARGV[i]] = false
   end
 end
-return 1
+return {}
 """)
 
 # id, owner, next, payload, told, day, tokens, record, milliseconds to keep
@@ -215,28 +225,33 @@ end
 return found
 """)
 
-# id, after. Flat, since the client's parser pays for each level: last-count, payload, ...
+# id, after. One text, since the client's parser takes its time for each value: a line of last, count and length of
+# every batch, then all payloads.
 READ = Script("""
-local flat = {}
+local sizes, payloads = {}, {}
 for i, entry in ipairs(call('XRANGE', P .. 'events:' .. ARGV[1], ARGV[2], '+')) do
-  flat[i * 2 - 1], flat[i * 2] = entry[1], entry[2][2]
+  payloads[i] = entry[2][2]
+  sizes[i] = string.gsub(entry[1], '-', ' ') .. ' ' .. #payloads[i]
 end
-return flat
+return table.concat(sizes, ' ') .. '\\n' .. table.concat(payloads)
 """)
 
 # id. Kept also in a set, for a listener that is not connected now; a full memory refuses the set, not the word.
 CANCEL = Script("""
 local row = call('HMGET', P .. 'answer:' .. ARGV[1], 'owner', 'status')
 if row[1] and running(row[2]) and lives(row[1]) then
-  redis.pcall('SADD', P .. 'cancels:' .. row[1], ARGV[1])
-  call('PUBLISH', P .. 'cancels:' .. row[1], ARGV[1])
+  if redis.pcall('SADD', P .. 'cancels:' .. row[1], ARGV[1]) ~= 0 then
+    call('PUBLISH', P .. 'cancels:' .. row[1], ARGV[1])
+  end
 end
 """)
 
 # ids. Those of two days ago are of no interest: no answer runs so long.
 ATTEND = Script("""
 local at = now()
-for _, id in ipairs(ARGV) do call('ZADD', P .. 'attended', at, id) end
+for _, id in ipairs(ARGV) do
+  if call('EXISTS', P .. 'answer:' .. id) == 1 then call('ZADD', P .. 'attended', at, id) end
+end
 call('ZREMRANGEBYSCORE', P .. 'attended', '-inf', at - 172800)
 """)
 
@@ -248,7 +263,7 @@ return at and math.max(0, math.floor((now() - tonumber(at)) * 1000000))
 
 # seconds, 1 where the others are wanted too. How many ended longer ago, then ids, the oldest first.
 ENDED = Script("""
-local before = call('ZCOUNT', P .. 'ended', '-inf', now() - ARGV[1])
+local before = call('ZCOUNT', P .. 'ended', '-inf', '(' .. now() - ARGV[1])
 if ARGV[2] == '1' then return {before, call('ZRANGE', P .. 'ended', 0, -1)} end
 return {before, before > 0 and call('ZRANGE', P .. 'ended', 0, before - 1) or {}}
 """)
@@ -262,7 +277,7 @@ for _, id in ipairs(ARGV) do
     local chat = call('HGET', P .. 'answer:' .. id, 'chatkey') or ''
     if call('GET', P .. 'chat:' .. chat) == id then call('DEL', P .. 'chat:' .. chat) end
     shrink(id, call('HGET', P .. 'sizes', id) or '0')
-    call('DEL', P .. 'answer:' .. id, P .. 'events:' .. id)
+    call('UNLINK', P .. 'answer:' .. id, P .. 'events:' .. id)
   end
 end
 return count

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from . import redis_scripts as lua
+from .bookkeeping import last_batch, orphan_ending, unseen
 from .errors import (
     BudgetExhausted,
     IdempotencyMismatch,
@@ -28,10 +29,9 @@ from .errors import (
     StreamChatError,
     TooManyStreams,
 )
-from .events import Failure, Usage
-from .ledger import Record
+from .events import Usage
 from .redis_listener import RedisListener
-from .store import Batch, Ending, Entry, Kept, Limits, Spent, pack
+from .store import Batch, Ending, Entry, Kept, Limits, Spent
 
 AT_ONCE = 500  # ids or records in one command: Redis serves nobody else meanwhile
 REFUSALS: dict[bytes, type[StreamChatError]] = {
@@ -48,7 +48,7 @@ class RedisStore:
 
     def __init__(self, url: str, lease: float, *, prefix: str = "streamchat:", keep: float = 0.0) -> None:
         try:
-            from .redis_link import Link
+            from .redis_link import Link, OutcomeUnknown
         except ModuleNotFoundError as missing:
             if missing.name != "redis":
                 raise
@@ -57,6 +57,7 @@ class RedisStore:
                 'run pip install "flask-streamchat[redis]".'
             ) from None
         self._link = Link(url)
+        self._outcome_unknown: type[StoreDown] = OutcomeUnknown
         self._prefix = prefix.encode()
         self._lease = max(1, round(lease * 1000))
         self._keep = round(keep * 1000)
@@ -67,7 +68,7 @@ class RedisStore:
         return self._link.script(script, self._prefix, *values)
 
     def _key(self, kind: str, name: str = "") -> bytes:
-        return self._prefix + f"{kind}{name}".encode()
+        return self._prefix + f"{kind}{name}".encode("utf-8", "surrogatepass")
 
     def take_lease(self) -> str:
         owner = secrets.token_hex(16)
@@ -77,8 +78,9 @@ class RedisStore:
     def renew(self, owner: str) -> None:
         doubtful = dict(self._doubtful.get(owner, {}))
         alive = self._run(lua.RENEW, owner, self._lease, *itertools.chain(*doubtful.items()))
-        for id in doubtful:
-            self._doubtful[owner].pop(id, None)
+        for id, attempt in doubtful.items():
+            if self._doubtful[owner].get(id) == attempt:
+                del self._doubtful[owner][id]
         if not alive:
             self._doubtful.pop(owner, None)
             raise LeaseLost
@@ -105,9 +107,10 @@ class RedisStore:
                 limits.streams,
                 limits.tokens_per_day,
                 _day(entry.created_at),
+                repr(entry.created_at),
                 *_fields(entry),
             )
-        except StoreDown:
+        except self._outcome_unknown:
             self._doubtful.setdefault(entry.owner, {})[entry.id] = attempt
             raise
         if word in REFUSALS:
@@ -116,13 +119,16 @@ class RedisStore:
         return id
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
-        values: list[Any] = [owner, self._keep, len(batches)]
-        for batch in batches:
-            values += batch.id, batch.last, batch.count, batch.payload
-        for ending in endings:
-            values += ending.id, ending.status, *_settled(ending)
-        if not self._run(lua.WRITE, *values):
+        endings_told = [value for ending in endings for value in (ending.id, ending.status, *_settled(ending))]
+        while overlaps := self._write(owner, batches, endings_told):
+            batches = _without(batches, overlaps)
+
+    def _write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Any]) -> list[int]:
+        pieces = [value for each in batches for value in (each.id, each.last, each.count, each.payload)]
+        overlaps: list[int] | Literal[0] = self._run(lua.WRITE, owner, self._keep, len(batches), *pieces, *endings)
+        if overlaps == 0:
             raise LeaseLost
+        return overlaps
 
     def find(self, id: str) -> Kept | None:
         values = self._link.call("HMGET", self._key("answer:", id), *ROW)
@@ -133,8 +139,7 @@ class RedisStore:
         return None if id is None else id.decode()
 
     def read(self, id: str, after: int) -> list[Batch]:
-        flat = self._run(lua.READ, id, max(0, after + 1))
-        return [_batch(id, flat[at], flat[at + 1]) for at in range(0, len(flat), 2)]
+        return list(_batches(id, self._run(lua.READ, id, max(0, after + 1))))
 
     def listen(self, owner: str) -> RedisListener:
         return RedisListener(self._link, self._prefix, owner)
@@ -155,10 +160,12 @@ class RedisStore:
 
     def _bury(self, id: str) -> bool:
         kept = self.find(id)
-        if kept is None:
+        size = self._link.call("HGET", self._key("answer:", id), "bytes")
+        if kept is None or size is None:
             return False
-        ending = Ending(id, "failed", _interrupted(kept), error="interrupted")
-        payload = pack([Failure("interrupted", "The answer was interrupted.", True)])
+        now = time.time()
+        ending = orphan_ending(id, kept.user, kept.model, kept.created_at, now, kept.next, int(size))
+        payload = last_batch(id, kept.next).payload
         return bool(self._run(lua.BURY, id, kept.owner, kept.next, payload, *_settled(ending), self._keep))
 
     def usage(self, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
@@ -187,25 +194,19 @@ class RedisStore:
     def prune(self, retention: float, bytes_per_user: int, bytes_in_all: int) -> int:
         capped = bytes_per_user > 0 or bytes_in_all > 0
         old, ids = self._run(lua.ENDED, retention, int(capped))
-        going = ids[:old]
-        if capped:
-            going += self._above(ids, old, bytes_per_user or math.inf, bytes_in_all or math.inf)
+        going = ids[:old] + (self._above(ids[old:], bytes_per_user, bytes_in_all) if capped else [])
         return sum(self._run(lua.FORGET, *part) for part in _parts(going))
 
-    def _above(self, ids: list[bytes], old: int, most_of_user: float, most: float) -> list[bytes]:
-        """The oldest ended answers without which the caps hold."""
-        sizes = [_size(value) for part in _parts(ids) for value in self._link.call("HMGET", self._key("sizes"), *part)]
-        kept = sizes[old:]
-        in_all, of_user, going = 0, Counter[bytes](), []
-        for size, user in kept:
-            in_all += size
-            of_user[user] += size
-        for id, (size, user) in zip(ids[old:], kept, strict=True):
-            if in_all > most or (user and of_user[user] > most_of_user):
-                going.append(id)
-                in_all -= size
-                of_user[user] -= size
-        return going
+    def _above(self, ids: list[bytes], of_user: int, in_all: int) -> list[bytes]:
+        """The ended answers without which the caps hold, the oldest first."""
+        values = [value for part in _parts(ids) for value in self._link.call("HMGET", self._key("sizes"), *part)]
+        sizes = {id: _size(value) for id, value in zip(ids, values, strict=True)}
+        users = {user for _, user in sizes.values()} - {b""}
+        going: list[bytes] = []
+        for user in users if of_user else ():
+            going += _oldest({id: size for id, (size, by) in sizes.items() if by == user}, of_user)
+        gone = set(going)
+        return going + _oldest({id: size for id, (size, _) in sizes.items() if id not in gone}, in_all)
 
     def gauges(self) -> Mapping[str, int]:
         return dict(zip(("live", "reserved", "owners", "answers", "bytes"), self._run(lua.GAUGES), strict=True))
@@ -228,7 +229,6 @@ def _fields(entry: Entry) -> list[str]:
         "user": entry.user,
         "chat": entry.chat,
         "model": entry.model,
-        "created": repr(entry.created_at),
         "status": entry.status,
     }
     return [text for name, value in row.items() if value is not None for text in (name, value)]
@@ -260,36 +260,35 @@ def _kept(id: str, row: dict[str, bytes | None]) -> Kept:
     )
 
 
-def _interrupted(kept: Kept) -> Record:
-    """What it cost died with its producer."""
-    return Record(
-        id=kept.id,
-        user=kept.user,
-        model=kept.model,
-        started=kept.created_at,
-        first_piece=None,
-        duration=max(0.0, time.time() - kept.created_at),
-        outcome="interrupted",
-        finish_reason=None,
-        pieces=kept.next,
-        input_tokens=0,
-        output_tokens=0,
-        estimated=True,
-        attempts=1,
-        upstream_status=None,
-        upstream_request_id=None,
-        upstream_code=None,
-    )
+def _without(batches: Sequence[Batch], overlaps: Sequence[int]) -> list[Batch]:
+    """The batches less the events that are kept: places in them, each with the seq that is to come next."""
+    known = dict(zip(overlaps[::2], overlaps[1::2], strict=True))
+    cut = (unseen(batch, known.get(place, 0)) for place, batch in enumerate(batches))
+    return [batch for batch in cut if batch is not None]
 
 
-def _batch(id: str, entry: bytes, payload: bytes) -> Batch:
-    last, count = map(int, entry.split(b"-"))
-    return Batch(id, last - count + 1, count, payload)
+def _batches(id: str, told: bytes) -> Iterator[Batch]:
+    line, _, payloads = told.partition(b"\n")
+    numbers, at = map(int, line.split()), 0
+    for last, count, size in zip(numbers, numbers, numbers, strict=True):
+        yield Batch(id, last - count + 1, count, payloads[at : at + size])
+        at += size
 
 
 def _size(value: bytes | None) -> tuple[int, bytes]:
     size, _, user = (value or b"0 ").partition(b" ")
     return int(size), user
+
+
+def _oldest(sizes: dict[bytes, int], cap: int) -> list[bytes]:
+    """The first ones, until the rest is within the cap. 0 is none."""
+    total, found = sum(sizes.values()), []
+    for id, size in sizes.items():
+        if not cap or total <= cap:
+            break
+        found.append(id)
+        total -= size
+    return found
 
 
 def _parts(ids: list[bytes]) -> Iterator[list[bytes]]:
