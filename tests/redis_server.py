@@ -17,6 +17,13 @@ import redis
 START_SECONDS = 10.0
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class RedisServer:
     """Every write is on disk before it is answered: what a killed server knew, the next one knows."""
 
@@ -24,9 +31,7 @@ class RedisServer:
         self._folder = folder
         self._options = options
         self._password = password
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.client = redis.Redis(port=self.port, password=password or None, decode_responses=True)
 
@@ -47,13 +52,11 @@ class RedisServer:
     def start(self) -> None:
         program = shutil.which("redis-server")
         assert program, "There is no redis-server on this machine: install Debian's package redis-server."
-        access = ["--requirepass", self._password] if self._password else []
-        self._process = subprocess.Popen(
-            [program, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder)]
-            + ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning"]
-            + ["--logfile", str(self._folder / "redis.log"), *access, *self._options],
-            stdout=subprocess.DEVNULL,
-        )
+        command = [program, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder)]
+        command += ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning"]
+        command += ["--logfile", str(self._folder / "redis.log"), *self._options]
+        command += ["--requirepass", self._password] if self._password else []
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self._wait()
 
     def _wait(self) -> None:
