@@ -45,6 +45,11 @@ LAYERS = {
     "cancellation": Layer(1, "errors"),
     "ledger": Layer(1, foreign="blinker"),
     "store": Layer(2, "events ledger"),
+    "bookkeeping": Layer(2, "errors events ledger store"),
+    "redis_scripts": Layer(2),
+    "redis_link": Layer(2, "errors redis_scripts", "redis"),
+    "redis_listener": Layer(2, "errors redis_link store"),
+    "redis_store": Layer(2, "bookkeeping errors events redis_link redis_listener redis_scripts store"),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
     "template": Layer(2, "connection transport", "httpx2 openai"),
@@ -84,6 +89,7 @@ ONLY_IN = {
     "httptools": {"connection"},
     "gevent": {"gevent_loop"},
     "pydantic": {"client_schema", "schema"},
+    "redis": {"redis_link"},
 }
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))
