@@ -41,6 +41,19 @@ LAYERS = {
     "cancellation": Layer(1, "errors"),
     "ledger": Layer(1, foreign="blinker"),
     "store": Layer(2, "events ledger"),
+    "bookkeeping": Layer(2, "errors events ledger store"),
+    "memory_listener": Layer(2, "store"),
+    "memory_store": Layer(2, "bookkeeping errors ledger memory_listener store"),
+    "sqlite_schema": Layer(2, "errors", "apsw"),
+    "sqlite_file": Layer(2, "errors ledger loop sqlite_schema"),
+    "sqlite_leases": Layer(2, "errors sqlite_schema"),
+    "sqlite_listener": Layer(2, "sqlite_file sqlite_schema store"),
+    "sqlite_upkeep": Layer(2, "bookkeeping sqlite_file sqlite_leases sqlite_schema store"),
+    "sqlite_store": Layer(
+        2,
+        "bookkeeping errors events ledger loop sqlite_file sqlite_leases sqlite_listener sqlite_schema sqlite_upkeep"
+        " store",
+    ),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
     "sdk_transport": Layer(1, "cancellation loop transport", "httpx2"),
@@ -76,6 +89,7 @@ LAYERS = {
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
 ONLY_IN = {
     "openai": {"faults", "upstream"},
+    "apsw": {"sqlite_schema"},
     "httptools": {"connection"},
     "gevent": {"loop"},
     "pydantic": {"client_schema", "schema"},
