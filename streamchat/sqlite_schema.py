@@ -164,7 +164,8 @@ def open_file(path: str) -> Connection:
 def _prepare(connection: Connection) -> None:
     connection.set_busy_timeout(0)
     _check_version(connection)
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect only while the file is empty
+    if connection.execute("PRAGMA page_count").get == 0:  # later it would be a write for nothing
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     if connection.execute("PRAGMA journal_mode = WAL").get != "wal":
         raise SettingsError("STREAMCHAT_STORE_URL names a file on a disk where SQLite cannot share memory.")
     connection.execute(
