@@ -31,7 +31,8 @@ class Settings:
     params: tuple[str, ...] = _setting(
         (),
         checks.params,
-        "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway more.",
+        "Request fields that callers may set: temperature, top_p, max_output_tokens; by the gateway also tools, n, "
+        "logprobs and others.",
     )
     system_prompt: str = _setting("", checks.text, "What the model is told before the conversation.", secret=True)
     max_output_tokens: int = _setting(4096, checks.whole(1, 10_000_000), "The longest answer, in tokens.")

@@ -66,7 +66,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What admission holds a user and the whole service to; 0 is no limit. Only answers of live owners count."""
+    """What admission holds a user and the whole service to; 0 is no limit. Only answers of live owners count.
+
+    Without a user only `streams` holds. A budget's day is that of the entry's `created_at` and the records' `started`.
+    """
 
     streams_per_user: int = 0
     streams: int = 0
@@ -169,13 +172,15 @@ class Store(Protocol):
 
         It is another one than entry.id where the same user gave the same key and fingerprint within 24 h. Raises
         IdempotencyMismatch for the same key with another fingerprint, TooManyStreams, BudgetExhausted, LeaseLost.
+        Entries without a user share one scope of keys. A key outlives an answer that was pruned.
         """
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
         """One transaction. Raises LeaseLost and writes nothing where the owner is dead.
 
-        Writing the same again changes nothing: a caller that does not know whether it was done may repeat it. What
-        belongs to an answer that has ended, or that another owner has, is left out silently.
+        Writing the same again changes nothing: a caller that does not know whether it was done may repeat it, also
+        joined with what follows. What belongs to an answer that has ended, or that another owner has, is left out
+        silently. A batch that leaves a gap is kept, and read as a gap.
         """
 
     def find(self, id: str) -> Kept | None: ...

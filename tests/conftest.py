@@ -23,6 +23,9 @@ LEAVE_WITHIN = 2.0
 
 Thing = TypeVar("Thing")
 
+# Classes of tests that others subclass: their assertions tell values, too.
+pytest.register_assert_rewrite("tests.store_contract")
+
 
 def surplus(now: Callable[[], set[Thing]], before: set[Thing]) -> set[Thing]:
     """What is there now and was not before, once it had its time to go."""

@@ -1,0 +1,87 @@
+"""What other processes write into a SQLite log, for one process: one poller asks for all its readers. Never writes."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from .sqlite_file import File
+from .sqlite_schema import Connection
+from .store import Batch
+
+POLL = 0.05  # seconds; what a reader of another process's answer waits at most, beside the writer's own delay
+BATCHES_A_POLL = 5000  # some megabytes: after an outage the rest comes with the next poll
+NEW = f"""
+    SELECT nr, answer, first, count, payload FROM pieces WHERE nr > ? AND nr <= ?
+    AND answer IN (SELECT value FROM json_each(?)) ORDER BY nr LIMIT {BATCHES_A_POLL}"""
+STOPPED = "SELECT id FROM answers WHERE owner = ? AND cancelled = 1 AND ended_at IS NULL"
+
+
+class SqliteListener:
+    """`Listener` by asking every 50 ms whether anything was committed, and only then what.
+
+    Numbers of pieces grow with the commits, so what is new stands above the last one seen.
+    """
+
+    def __init__(self, file: File, owner: str) -> None:
+        self._file = file
+        self._owner = owner
+        self._wanted: dict[str, int | None] = {}  # ids and their numbers, None until the answer is found
+        self._told: set[str] = set()
+        self._version: tuple[int, int] | None = None  # of the data, as the file's connection told it
+        self._due = 0.0
+        self._seen: int = file.run(_newest)
+
+    def add(self, id: str) -> None:
+        self._wanted.setdefault(id, None)
+
+    def drop(self, id: str) -> None:
+        self._wanted.pop(id, None)
+
+    def wait(self, seconds: float) -> tuple[list[Batch], list[str]]:
+        until = time.monotonic() + seconds
+        while True:
+            time.sleep(max(0.0, min(self._due, until) - time.monotonic()))
+            self._due = time.monotonic() + POLL
+            batches, stopped = self._file.run(self._poll)
+            if batches or stopped or time.monotonic() >= until:
+                return batches, stopped
+
+    def close(self) -> None:
+        """The connection is the store's."""
+
+    def _poll(self, connection: Connection) -> tuple[list[Batch], list[str]]:
+        """In one transaction, so that an answer and its pieces are of the same moment."""
+        version = (self._file.opened, connection.execute("PRAGMA data_version").get)
+        if version == self._version:
+            return [], []
+        found = connection.execute(STOPPED, (self._owner,)).fetchall()
+        stopped = {id for (id,) in found}
+        new, self._told = stopped - self._told, stopped
+        batches, is_all = self._batches(connection)
+        self._version = version if is_all else None
+        return batches, sorted(new)
+
+    def _batches(self, connection: Connection) -> tuple[list[Batch], bool]:
+        newest = _newest(connection)
+        ids = self._numbers(connection) if newest > self._seen else {}
+        rows = connection.execute(NEW, (self._seen, newest, json.dumps(list(ids)))).fetchall() if ids else []
+        is_all = len(rows) < BATCHES_A_POLL
+        self._seen = newest if is_all else rows[-1][0]
+        return [Batch(ids[answer], first, count, payload) for _, answer, first, count, payload in rows], is_all
+
+    def _numbers(self, connection: Connection) -> dict[int, str]:
+        wanted = self._wanted.copy()  # others add and drop meanwhile
+        unknown = [id for id, nr in wanted.items() if nr is None]
+        if unknown:
+            asked = "SELECT a.id, a.nr FROM json_each(?) wanted CROSS JOIN answers a ON a.id = wanted.value"
+            found = dict(connection.execute(asked, (json.dumps(unknown),)).fetchall())
+            wanted |= found
+            for id in found.keys() & self._wanted.keys():
+                self._wanted[id] = found[id]
+        return {nr: id for id, nr in wanted.items() if nr is not None}
+
+
+def _newest(connection: Connection) -> int:
+    newest: int | None = connection.execute("SELECT max(nr) FROM pieces").get
+    return newest or 0

@@ -1,0 +1,225 @@
+"""The response log in a SQLite file: one machine, several workers. Calls become transactions; SQL is spoken here.
+
+Writing and reading have a connection and a native thread each, so that a locked file stops no reader.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple
+from functools import partial
+from typing import Literal
+
+from .bookkeeping import DAY, is_over, midnight, needs_count, unseen
+from .errors import BudgetExhausted, IdempotencyMismatch, TooManyStreams
+from .events import Usage
+from .ledger import FIELDS
+from .loop import Lane
+from .sqlite_file import File, bound, unbound
+from .sqlite_leases import Leases
+from .sqlite_listener import SqliteListener
+from .sqlite_schema import Connection, check_library
+from .sqlite_upkeep import figures, find_orphans, forget, forget_keys, has_orphans, questions, shrink, steps, sums
+from .store import Batch, Ending, Entry, Kept, Limits, Spent
+
+NEXT = "ifnull((SELECT first + count FROM pieces WHERE answer = a.nr ORDER BY first DESC LIMIT 1), 0)"
+ADMITTED = """
+    INSERT INTO answers (id, user, chat, model, created_at, owner, status, reserve)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
+RUNNING = f"""
+    SELECT a.id, a.nr, {NEXT} FROM json_each(?) wanted CROSS JOIN answers a ON a.id = wanted.value
+    WHERE a.owner = ? AND a.ended_at IS NULL"""
+PIECE = "INSERT INTO pieces (answer, first, count, payload) VALUES (?, ?, ?, ?)"
+ENDED = """
+    UPDATE answers SET status = ?, ended_at = ?, finish_reason = ?, input_tokens = ?, output_tokens = ?, estimated = ?,
+    error = ?, bytes = (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = answers.nr)
+    WHERE nr = ?"""
+RECORD = f"INSERT OR IGNORE INTO ledger ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})"
+KEPT = ("id", "user", "chat", "model", "created_at", "status", "owner", "finish_reason", "error", "next")
+FOUND = f"""
+    SELECT {", ".join(KEPT[:-1])}, {NEXT}, input_tokens, output_tokens, estimated FROM answers a WHERE id = ?"""
+READ = """
+    SELECT first, count, payload FROM pieces WHERE answer = (SELECT nr FROM answers WHERE id = ?)
+    AND first + count - 1 > ? ORDER BY first"""
+LIVE_OF_LIVING = "FROM answers WHERE ended_at IS NULL AND owner IN (SELECT value FROM json_each(?))"
+
+
+class SqliteStore:
+    """`Store` in a file. `lane` makes native threads; `lease` is in seconds of `clock`.
+
+    Raises SettingsError where apsw is missing or its SQLite too old, and at the first use for a file that is not ours.
+    """
+
+    def __init__(
+        self, path: str, lease: float, lane: Callable[[], Lane], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        check_library()
+        self._writer = File(path, lane, is_reader=False)
+        self._reader = File(path, lane, is_reader=True)
+        self._leases = Leases(path, lease, clock)
+        self._seen_leases = Leases(path, lease, clock)  # the reading thread's own
+        self._clock = clock
+
+    def take_lease(self) -> str:
+        return self._writer.run(self._leases.take)
+
+    def renew(self, owner: str) -> None:
+        self._reader.run(lambda connection: self._seen_leases.renew(connection, owner))
+
+    def give_up(self, owner: str) -> None:
+        self._writer.run(lambda connection: connection.execute("DELETE FROM owners WHERE owner = ?", (owner,)).get)
+
+    def admit(self, entry: Entry, limits: Limits) -> str:
+        return self._writer.run(lambda connection: self._admit(connection, entry, limits))
+
+    def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
+        self._writer.run(lambda connection: self._write(connection, owner, batches, endings), patience=0)
+
+    def find(self, id: str) -> Kept | None:
+        row = self._reader.run(lambda connection: connection.execute(FOUND, (bound(id),)).fetchone())
+        if row is None:
+            return None
+        *told, counted, written, estimated = (unbound(value) for value in row)
+        usage = None if counted is None else Usage(counted, written, bool(estimated))
+        return Kept(**dict(zip(KEPT, told, strict=True)), usage=usage)
+
+    def latest(self, user: str, chat: str) -> str | None:
+        asked = "SELECT id FROM answers WHERE user = ? AND chat = ? ORDER BY nr DESC LIMIT 1"
+        found: str | None = self._reader.run(
+            lambda connection: connection.execute(asked, (bound(user), bound(chat))).get
+        )
+        return found
+
+    def read(self, id: str, after: int) -> list[Batch]:
+        rows = self._reader.run(lambda connection: connection.execute(READ, (bound(id), after)).fetchall())
+        return [Batch(id, *row) for row in rows]
+
+    def listen(self, owner: str) -> SqliteListener:
+        return SqliteListener(self._reader, owner)
+
+    def cancel(self, id: str) -> None:
+        told = "UPDATE answers SET cancelled = 1 WHERE id = ? AND ended_at IS NULL AND cancelled = 0"
+        self._writer.run(lambda connection: connection.execute(told, (bound(id),)).get)
+
+    def attend(self, ids: Collection[str]) -> None:
+        told = """
+            INSERT OR REPLACE INTO readers (answer, at) SELECT a.nr, ? FROM json_each(?) wanted
+            CROSS JOIN answers a ON a.id = wanted.value"""
+        given = (self._clock(), json.dumps(list(ids)))
+        self._writer.run(lambda connection: connection.execute(told, given).get)
+
+    def unattended(self, id: str) -> float:
+        asked = "SELECT at FROM readers WHERE answer = (SELECT nr FROM answers WHERE id = ?)"
+        at: float | None = self._reader.run(lambda connection: connection.execute(asked, (bound(id),)).get)
+        now = self._clock()
+        return float("inf") if at is None or at > now else now - at  # a time to come is of another boot
+
+    def reap(self) -> list[str]:
+        ended: list[str] = []
+        # Asked by reading first: where nobody died, nobody waits for the lock.
+        while self._reader.run(lambda connection: has_orphans(connection, self._seen_leases)):
+            ended += self._writer.run(self._reap)
+        return ended
+
+    def usage(self, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
+        return self._reader.run(lambda connection: sums(connection, since, by))
+
+    def prune(self, retention: float, bytes_per_user: int, bytes_in_all: int) -> int:
+        now = time.time()
+        gone = 0
+        for question in questions(now - retention, bytes_per_user, bytes_in_all):
+            for nrs in steps(self._reader.run(question)):
+                gone += self._writer.run(partial(forget, nrs=nrs))
+        while self._writer.run(lambda connection: forget_keys(connection, now - DAY)):
+            pass
+        while self._writer.run(shrink):
+            pass
+        return gone
+
+    def gauges(self) -> Mapping[str, int]:
+        return self._reader.run(lambda connection: figures(connection, self._seen_leases))
+
+    def close(self) -> None:
+        """A later use opens all again."""
+        self._writer.close()
+        self._reader.close()
+        self._leases.close()
+        self._seen_leases.close()
+
+    def _admit(self, connection: Connection, entry: Entry, limits: Limits) -> str:
+        self._leases.check(connection, entry.owner)
+        scope = (0 if entry.user is None else bound(entry.user), bound(entry.key))  # no text equals 0
+        if entry.key is not None:
+            asked = "SELECT id, fingerprint FROM keys WHERE scope = ? AND key = ? AND created_at > ?"
+            known = connection.execute(asked, (*scope, entry.created_at - DAY)).fetchone()
+            if known is not None:
+                if unbound(known[1]) != entry.fingerprint:
+                    raise IdempotencyMismatch()
+                return str(known[0])
+        self._check_limits(connection, entry, limits)
+        told = (bound(entry.user), bound(entry.chat), bound(entry.model), entry.created_at)
+        connection.execute(ADMITTED, (entry.id, *told, entry.owner, entry.status, entry.reserve))
+        if entry.key is not None:
+            kept = "INSERT OR REPLACE INTO keys (scope, key, fingerprint, id, created_at) VALUES (?, ?, ?, ?, ?)"
+            connection.execute(kept, (*scope, bound(entry.fingerprint), entry.id, entry.created_at))
+        return entry.id
+
+    def _check_limits(self, connection: Connection, entry: Entry, limits: Limits) -> None:
+        of_user, of_all, of_day = needs_count(limits, entry.user)
+        if not (of_user or of_all or of_day):
+            return
+        living, user = json.dumps(self._leases.living(connection)), bound(entry.user)
+        if of_all and connection.execute(f"SELECT count(*) {LIVE_OF_LIVING}", (living,)).get >= limits.streams:
+            raise TooManyStreams()
+        if of_user or of_day:
+            asked = f"SELECT count(*), ifnull(sum(reserve), 0) {LIVE_OF_LIVING} AND user = ?"
+            ((running, reserved),) = connection.execute(asked, (living, user))
+            if of_user and running >= limits.streams_per_user:
+                raise TooManyStreams()
+            spent = self._spent(connection, user, midnight(entry.created_at)) if of_day else 0
+            if is_over(limits.tokens_per_day, spent + reserved, entry.reserve):
+                raise BudgetExhausted()
+
+    def _spent(self, connection: Connection, user: str | bytes | None, since: float) -> int:
+        asked = "SELECT ifnull(sum(input_tokens + output_tokens), 0) FROM ledger WHERE user = ? AND started >= ?"
+        spent: int = connection.execute(asked, (user, since)).get
+        return spent
+
+    def _write(self, connection: Connection, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
+        self._leases.check(connection, owner)
+        ids = {batch.id for batch in batches} | {ending.id for ending in endings}
+        found = connection.execute(RUNNING, (json.dumps(list(ids)), owner))
+        running: dict[str, tuple[int, int]] = {id: (nr, seq) for id, nr, seq in found}
+        rows = []
+        for batch in batches:
+            nr, seq = running.get(batch.id, (0, 0))
+            new = unseen(batch, seq) if nr else None
+            if new is not None:
+                rows.append((nr, new.first, new.count, new.payload))
+                running[batch.id] = nr, new.last + 1
+        connection.executemany(PIECE, rows)
+        now = time.time()
+        for ending in endings:
+            nr, _ = running.pop(ending.id, (0, 0))
+            if nr:
+                end(connection, nr, ending, now)
+
+    def _reap(self, connection: Connection) -> list[str]:
+        orphans = find_orphans(connection, self._leases)
+        now = time.time()
+        for orphan in orphans:
+            piece, ending = orphan.last(now)
+            connection.execute(PIECE, (orphan.nr, piece.first, piece.count, piece.payload))
+            end(connection, orphan.nr, ending, now)
+        return [orphan.id for orphan in orphans]
+
+
+def end(connection: Connection, nr: int, ending: Ending, now: float) -> None:
+    """The final state and the record: what ends an answer is one transaction."""
+    usage = ending.usage
+    counted = (usage.input_tokens, usage.output_tokens, usage.estimated) if usage else (None, None, None)
+    connection.execute(ENDED, (ending.status, now, bound(ending.finish_reason), *counted, bound(ending.error), nr))
+    values = [bound(value) if isinstance(value, str) else value for value in astuple(ending.record)]
+    connection.execute(RECORD, values)

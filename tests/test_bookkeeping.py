@@ -1,0 +1,45 @@
+"""What every store reckons alike."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamchat.bookkeeping import DAY, is_over, midnight, needs_count, orphan_ending, unseen
+from streamchat.events import Text
+from streamchat.store import Batch, Limits, pack, unpack
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "more", "over"),
+    [(0, 10**9, 10**9, False), (10, 5, 5, False), (10, 5, 6, True), (10, 9, 0, False), (10, 10, 0, True)],
+)
+def test_a_budget_has_room_up_to_its_last_token(limit: int, used: int, more: int, over: bool) -> None:
+    assert is_over(limit, used, more) is over
+
+
+def test_a_day_begins_at_midnight_of_utc() -> None:
+    assert midnight(0.5) == 0
+    assert midnight(DAY - 0.5) == 0
+    assert midnight(DAY) == DAY
+
+
+def test_without_a_user_only_the_limit_of_the_service_holds() -> None:
+    assert needs_count(Limits(1, 1, 1), None) == (False, True, False)
+    assert needs_count(Limits(1, 1, 1), "ann") == (True, True, True)
+    assert needs_count(Limits(), "ann") == (False, False, False)
+
+
+@pytest.mark.parametrize(("seq", "kept"), [(0, "abc"), (2, "abc"), (3, "bc"), (4, "c"), (5, "")])
+def test_what_was_seen_is_taken_off_a_batch(seq: int, kept: str) -> None:
+    new = unseen(Batch("resp_1", 2, 3, pack([Text(letter) for letter in "abc"])), seq)
+    assert [event.text for event in (unpack(new.payload) if new else []) if isinstance(event, Text)] == list(kept)
+    assert (new.first, new.count) == (max(seq, 2), len(kept)) if new else not kept
+
+
+def test_an_orphan_is_charged_for_what_was_kept_of_it() -> None:
+    payload = pack([Text("word") for _ in range(100)])
+    record = orphan_ending("resp_1", "ann", "m", 100.0, 107.0, 100, len(payload)).record
+    assert (record.outcome, record.estimated, record.duration) == ("interrupted", True, 7.0)
+    assert 100 <= record.output_tokens <= 125
+    nothing = orphan_ending("resp_1", "ann", "m", 100.0, 99.0, 0, 0).record
+    assert (nothing.output_tokens, nothing.pieces, nothing.attempts, nothing.duration) == (0, 0, 0, 0.0)
