@@ -89,7 +89,7 @@ def store(value: Any) -> str:
     if value in (None, ""):
         return ""
     scheme, _, rest = str(value).partition("://")
-    if scheme not in ("memory", "sqlite", "redis", "rediss") or (scheme == "sqlite" and rest in ("", "/")):
+    if scheme not in ("memory", "sqlite", "redis", "rediss") or (scheme == "sqlite" and len(rest) < 2):
         raise ValueError("must be sqlite:///path, redis://host or memory://")
     return str(value)
 

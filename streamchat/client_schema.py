@@ -37,7 +37,7 @@ class _UiBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    id: str | None = None
+    id: str | None = Field(None, max_length=255)
     messages: list[_UiMessage]
     trigger: str | None = None
     messageId: str | None = None
@@ -61,6 +61,7 @@ def parse_ui_request(body: bytes, settings: Settings) -> ChatRequest:
         model=check_model(parsed.model, settings),
         params=check_params({name: getattr(parsed, name) for name in PARAMS}, settings),
         context=check_context(parsed.context),
+        chat=parsed.id,
     )
 
 

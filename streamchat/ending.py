@@ -23,6 +23,19 @@ def failure_of(error: StreamChatError, words: Callable[[StreamChatError], str]) 
     return Failure(told.code, words(told), told.retryable)
 
 
+def _kinds(base: type[StreamChatError]) -> dict[str, type[StreamChatError]]:
+    kinds = {kind.code: kind for kind in base.__subclasses__()}
+    return {code: deeper for kind in base.__subclasses__() for code, deeper in _kinds(kind).items()} | kinds
+
+
+KINDS = _kinds(StreamChatError)
+
+
+def error_of(failure: Failure) -> StreamChatError:
+    """The error that a logged failure was, in the words that it had."""
+    return KINDS.get(failure.code, Interrupted)(failure.message)
+
+
 def ending_of(record: Record, event: Finish | Failure) -> Ending:
     if isinstance(event, Finish):
         state: Status = "incomplete" if event.finish_reason in INCOMPLETE else "completed"

@@ -8,7 +8,8 @@ from typing import Any
 from flask import Flask
 
 from .mount import Mount
-from .views import EXTENSION, create_blueprint
+from .responses import EXTENSION
+from .views import create_blueprint
 
 
 class StreamChat:

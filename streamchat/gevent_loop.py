@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import gevent
 from gevent import monkey
@@ -78,6 +78,14 @@ class GeventLoop:
         self._pauses.switch_out(self._hub, gevent.getcurrent(), until)
 
 
+def _caught(task: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """gevent writes a traceback for what a native thread raises, in the loop's own time."""
+    try:
+        return task(), None
+    except BaseException as error:
+        return None, error
+
+
 class _NativeLane:
     """A pool of one beside the hub's own, whose threads also resolve names."""
 
@@ -85,8 +93,10 @@ class _NativeLane:
         self._pool = ThreadPool(1)
 
     def run(self, task: Callable[[], T]) -> T:
-        result: T = self._pool.apply(task)
-        return result
+        result, error = self._pool.apply(_caught, (task,))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def close(self) -> None:
         self._pool.kill()

@@ -16,17 +16,21 @@ from typing import Any
 from flask import Flask, Request
 
 from .access import user_of_token
+from .admission import Admission
 from .answer import Answer
 from .encoders import Encoder
-from .errors import SettingsError, StreamChatError, Unauthorized
+from .errors import NotFound, SettingsError, StreamChatError, Unauthorized
 from .hangup import Caller
 from .ledger import Record, answer_finished, answer_started, log_record
 from .live import Live
+from .log import Log
 from .loop import Loop, choose_loop
 from .order import Order
 from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
+from .store import Kept
+from .stores import open_store
 from .upstream import ClientFactory, Upstream, check_credentials
 
 logger = logging.getLogger("streamchat")
@@ -53,10 +57,19 @@ class Process:
         self.loop: Loop = choose_loop()
         self.upstream = Upstream(settings, self.loop, hooks.client_factory)
         self.live = Live(
-            self.loop, settings.max_streams, settings.write_timeout, settings.total_timeout, self.upstream.reap
+            self.loop,
+            settings.max_streams,
+            settings.write_timeout,
+            settings.total_timeout,
+            self.upstream.reap,
+            settings.max_streams_per_user,
         )
+        store = open_store(settings, self.loop)
+        self.log = Log(store, self.loop, settings.lease) if store is not None else None
 
     def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
         self.live.close()
         self.upstream.close()
 
@@ -72,6 +85,7 @@ class Mount:
         self._lock = threading.Lock()
         check_access(self.settings, hooks.authorize is not None)
         check_credentials(hooks.client_factory)
+        open_store(self.settings, choose_loop())  # tells of a missing library now
 
     @property
     def process(self) -> Process:
@@ -110,8 +124,12 @@ class Mount:
         encoder: Encoder,
         caller: Caller,
         locale: str | None = None,
-    ) -> Answer:
-        """An answer that has its slot and is being opened. Raises Draining or Overloaded."""
+        key: str | None = None,
+    ) -> Answer | str:
+        """An answer that has its slot and is being opened; or the id of the one that the Idempotency-Key got before.
+
+        Raises Draining, Overloaded, TooManyStreams, BudgetExhausted, IdempotencyMismatch or StoreDown.
+        """
         process, hooks = self.process, self.hooks
         prompt = Prompt(self._messages(asked, user), asked.model, asked.params)
         client = process.upstream.client()
@@ -127,13 +145,48 @@ class Mount:
         )
         answer.admit()
         try:
+            admitted = Admission(self.settings, process.log).admit(answer, asked.chat, key)
+        except BaseException:
+            answer.withdraw()
+            raise
+        if admitted != answer_id:
+            answer.withdraw()
+            return admitted
+        try:
             self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
-            (hooks.before_wait or self._close_database)()  # after the receivers, which may ask a database too
+            self.release_before_wait()  # after the receivers, which may ask a database too
             answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.tally.trail))
         except BaseException:
             answer.close()
             raise
         return answer
+
+    @property
+    def log(self) -> Log:
+        """Raises NotFound where this mount keeps nothing."""
+        log = self.process.log
+        if log is None:
+            raise NotFound("Answers are not kept here: STREAMCHAT_STORE_URL turns the response log on.")
+        return log
+
+    def find(self, id: str, user: str | None) -> Kept:
+        """Raises NotFound where the user has no such answer, StoreDown."""
+        kept = self.log.store.find(id)
+        if kept is None or kept.user != user:
+            raise NotFound
+        return kept
+
+    def latest(self, user: str | None, chat: str) -> Kept | None:
+        """The newest answer of a user's chat. The chat's id is the client's: without a user it is nobody's."""
+        log = self.process.log
+        if log is None or user is None:
+            return None
+        id = log.store.latest(user, chat)
+        return log.store.find(id) if id is not None else None
+
+    def release_before_wait(self) -> None:
+        """Lets go what the request took from a pool: see `before_wait`."""
+        (self.hooks.before_wait or self._close_database)()
 
     def _messages(self, asked: ChatRequest, user: str | None) -> Sequence[Any]:
         if self.hooks.build_messages is not None:

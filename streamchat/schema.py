@@ -30,6 +30,7 @@ class ChatRequest:
     """What a caller asks, after every check. `params` holds only what the settings let callers set.
 
     `wire` holds the messages of an OpenAI client as it sent them, with tool calls and other roles; None for all others.
+    `chat` is the id that a client of the AI SDK gave the conversation.
     """
 
     messages: tuple[Message, ...]
@@ -37,6 +38,7 @@ class ChatRequest:
     params: dict[str, Any]
     context: dict[str, Any]
     wire: tuple[dict[str, Any], ...] | None = None
+    chat: str | None = None
 
 
 Kind = TypeVar("Kind", bound=BaseModel)

@@ -54,7 +54,7 @@ class Tally:
         self.outcome = self.outcome or outcome
 
     def _estimate(self) -> Usage:
-        asked = sum(_length(message) for message in self._messages) if self._was_taken() else 0
+        asked = sum(length_of(message) for message in self._messages) if self._was_taken() else 0
         return Usage(-(-asked // CHARS_A_TOKEN), -(-self._chars // CHARS_A_TOKEN), estimated=True)
 
     def _was_taken(self) -> bool:
@@ -84,6 +84,6 @@ class Tally:
         )
 
 
-def _length(message: Any) -> int:
+def length_of(message: Any) -> int:
     content = message.get("content") if isinstance(message, dict) else None
     return len(content) if isinstance(content, str) else 0

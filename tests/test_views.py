@@ -793,7 +793,7 @@ def test_contexts_that_are_torn_down_twice_do_no_harm(shop: Shop) -> None:
 def test_the_body_needs_no_context_of_flask(
     accept: str, script: Step, shop: Shop, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamchat.views.stream_with_context", lambda body: body)
+    monkeypatch.setattr("streamchat.responses.stream_with_context", lambda body: body)
     upstream.script = script
     response = shop.app.test_client().post(URL, json={"message": "hi"}, headers={"Accept": accept})
     with pytest.raises(RuntimeError):

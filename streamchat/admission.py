@@ -1,0 +1,104 @@
+"""An answer is admitted to the log, or refused: once for an Idempotency-Key, within its user's streams and tokens.
+
+What needs no exact count goes on without the log where the store does not answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+from .answer import Answer
+from .errors import BudgetExhausted, InvalidRequest, StoreDown, TooManyStreams
+from .log import Log
+from .order import Order
+from .settings import Settings
+from .store import Entry, Limits
+from .tally import CHARS_A_TOKEN, length_of
+
+RETRY_AFTER = 5  # seconds; an answer of the user may have ended by then
+DAY = 86_400
+KEY_CHARS = 255
+
+
+class Admission:
+    """By one mount's settings; `log` is None where no store is named."""
+
+    def __init__(self, settings: Settings, log: Log | None) -> None:
+        self._settings = settings
+        self._log = log
+
+    def admit(self, answer: Answer, chat: str | None, key: str | None) -> str:
+        """The answer's own id, or that of the one that the same key got before.
+
+        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch, InvalidRequest; StoreDown where a count or a key
+        cannot do without the store.
+        """
+        order = answer.order
+        if self._log is None:
+            _refuse_key(key)
+            return order.id
+        needed = key is not None or (self._settings.tokens_per_day > 0 and order.user is not None)
+        if self._log.down and not needed:
+            return order.id
+        try:
+            return self._admitted(self._log, answer, chat, key)
+        except StoreDown:
+            if needed:
+                raise
+            return order.id
+
+    def _admitted(self, log: Log, answer: Answer, chat: str | None, key: str | None) -> str:
+        order, settings = answer.order, self._settings
+        limits = Limits(settings.max_streams_per_user, settings.max_streams_in_all, settings.tokens_per_day)
+
+        def entry(owner: str) -> Entry:
+            return Entry(
+                order.id,
+                owner,
+                order.user,
+                order.prompt.model,
+                answer.tally.created_at,
+                chat,
+                _checked(key),
+                _fingerprint(order) if key is not None else None,
+                self._reserve(order),
+            )
+
+        try:
+            id, sheet = log.admit(entry, limits, answer.cancellation)
+        except TooManyStreams:
+            raise TooManyStreams(retry_after=RETRY_AFTER) from None
+        except BudgetExhausted:
+            raise BudgetExhausted(retry_after=DAY - int(time.time()) % DAY) from None
+        if sheet is not None:
+            answer.keep(sheet)
+        return id
+
+    def _reserve(self, order: Order) -> int:
+        """The most that the answer can cost."""
+        if not self._settings.tokens_per_day:
+            return 0
+        params = order.prompt.params
+        asked = sum(length_of(message) for message in order.prompt.messages)
+        longest = int(params.get("max_output_tokens", self._settings.max_output_tokens))
+        return -(-asked // CHARS_A_TOKEN) + longest * int(params.get("n") or 1)
+
+
+def _refuse_key(key: str | None) -> None:
+    """Ignored, it would promise what nobody keeps: a second request would be a second answer, and paid for."""
+    if key is not None:
+        raise InvalidRequest("The header Idempotency-Key needs a response log: STREAMCHAT_STORE_URL turns it on.")
+
+
+def _checked(key: str | None) -> str | None:
+    if key is not None and not 0 < len(key) <= KEY_CHARS:
+        raise InvalidRequest(f"The header Idempotency-Key must have 1 to {KEY_CHARS} characters.")
+    return key
+
+
+def _fingerprint(order: Order) -> str:
+    """Of what is asked, however its JSON was written."""
+    asked = [list(order.prompt.messages), order.prompt.model, order.prompt.params]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,122 @@
+"""The routes of answers that the log keeps: the object, the stream after an event, the end of one by its user's wish.
+
+Whatever the reason, an answer that is not there for this user is a 404 in the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+from flask import Response, request
+
+from .client_encoders import UI_ENCODERS
+from .dialects import OWN, UI, Dialect
+from .document import document
+from .encoders import Encoder, choose_encoder
+from .errors import InvalidRequest
+from .hangup import Caller
+from .mount import Mount
+from .replay import Replay
+from .responses import ANSWER, HEADERS, in_dialect, streamed
+from .store import LIVE, Kept
+
+RESUMABLE = {"X-Stream-Resumable": "?1"}  # RFC 9651 4.1.9: a structured field that is true
+CANCEL_SECONDS = 1.0  # how long a cancelled answer may take to end, wherever it is made
+CANCEL_STEP = 0.05
+SEQ_DIGITS = 15
+
+
+def response(id: str) -> Response:
+    """What became of an answer, and its text."""
+    return in_dialect(OWN, lambda mount, _, __: _told_whole(mount, mount.find(id, mount.user(request))))
+
+
+def response_stream(id: str) -> Response:
+    """The events after `Last-Event-ID` or ?after=N, then live. 204 where there will be none: an EventSource stops."""
+
+    def view(mount: Mount, _: str, __: Dialect) -> Response:
+        encoder = choose_encoder(request.headers.get("Accept"))()
+        after = _after()
+        kept = mount.find(id, mount.user(request))
+        if kept.status not in LIVE and after == kept.next - 1:
+            return _nothing()
+        return replayed(mount, kept, after, encoder)
+
+    return in_dialect(OWN, view)
+
+
+def cancel_response(id: str) -> Response:
+    """Stops an answer; the object of what became of it. Idempotent."""
+
+    def view(mount: Mount, _: str, __: Dialect) -> Response:
+        kept = mount.find(id, mount.user(request))
+        if kept.status in LIVE:
+            mount.log.cancel(id)
+            kept = _ended(mount, kept)
+        return _told_whole(mount, kept)
+
+    return in_dialect(OWN, view)
+
+
+def chat_stream(chat_id: str) -> Response:
+    """Where `useChat` looks for an answer that still runs. 204 where there is none, or nobody whose it could be."""
+
+    def view(mount: Mount, _: str, __: Dialect) -> Response:
+        encoder = choose_encoder(request.headers.get("Accept"), UI_ENCODERS)()
+        kept = mount.latest(mount.user(request), chat_id)
+        if kept is None or kept.status not in LIVE:
+            return _nothing()
+        return replayed(mount, kept, -1, encoder)
+
+    return in_dialect(UI, view)
+
+
+def replayed(mount: Mount, kept: Kept, after: int, encoder: Encoder, headers: dict[str, str] | None = None) -> Response:
+    """The answer from the event after `after` on, as it was and as it goes on."""
+    locale = request.accept_languages.best
+    caller = Caller.from_environ(request.environ)
+    replay = Replay(
+        kept,
+        after,
+        mount.log,
+        encoder,
+        caller,
+        mount.process.live,
+        mount.settings,
+        lambda error: mount.error_text(error, locale),
+    )
+    mount.release_before_wait()
+    replay.begin()
+    request.environ[ANSWER] = replay
+    request.environ[HEADERS]["X-Response-Id"] = kept.id
+    return streamed(replay, encoder, RESUMABLE | (headers or {}))
+
+
+def _after() -> int:
+    """The seq of the last event that the reader has; the header is newer than what stood in the address."""
+    given = request.headers.get("Last-Event-ID") or request.args.get("after") or "-1"
+    if given != "-1" and not (given.isdecimal() and given.isascii() and len(given) <= SEQ_DIGITS):
+        raise InvalidRequest('"after" and Last-Event-ID must be the "seq" of an event, a whole number from 0.')
+    return int(given)
+
+
+def _nothing() -> Response:
+    empty = Response(status=204)
+    del empty.headers["Content-Type"]  # of nothing: WSGI forbids it
+    return empty
+
+
+def _ended(mount: Mount, kept: Kept) -> Kept:
+    """The answer once it has ended, or as it is when that takes too long."""
+    until = time.monotonic() + CANCEL_SECONDS
+    while kept.status in LIVE and time.monotonic() < until:
+        time.sleep(CANCEL_STEP)
+        kept = mount.log.store.find(kept.id) or kept
+    return kept
+
+
+def _told_whole(mount: Mount, kept: Kept) -> Response:
+    request.environ[HEADERS]["X-Response-Id"] = kept.id
+    body = json.dumps(document(kept, mount.log.store.read(kept.id, -1)))
+    return Response(body + "\n", content_type="application/json", headers={"Cache-Control": "no-store"})
