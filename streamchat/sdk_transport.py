@@ -5,8 +5,7 @@ Slower, by a helper for each body; every promise but speed is kept.
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,16 +18,24 @@ from .cancellation import Cancellation
 from .loop import NEVER, Loop
 from .transport import BODY, CURRENT, check_head, error_body
 
+AHEAD_BYTES = 8192  # that the helper may hold and more is not asked for; as much as one read over our own transport
+
 
 class RelayedBody(httpx2.SyncByteStream):
-    """A body of any other transport, read in a helper and handed over piece by piece, so that reads can time out."""
+    """A body of any other transport, read in a helper, so that reads can time out.
+
+    A read takes all that has come: one that joins pieces rests between its reads, and would fall behind else.
+    """
 
     def __init__(
         self, loop: Loop, request: httpx2.Request, response: httpx2.Response, cancellation: Cancellation
     ) -> None:
         self._response = response
-        self._pieces: queue.Queue[bytes | Exception] = queue.Queue(maxsize=4)  # a slow caller slows the upstream
-        self._end: bytes | Exception | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._failure: Exception | None = None
         self._closed = False
         # Of its own, so that the helper can drop it late: by then the answer may hold another connection.
         self._connection = Cancellation()
@@ -40,37 +47,42 @@ class RelayedBody(httpx2.SyncByteStream):
         loop.spawn(self._pull)
 
     def _pull(self) -> None:
-        last: bytes | Exception = b""
         try:
             for piece in cast(httpx2.SyncByteStream, self._response.stream):
-                if piece:
-                    time.sleep(0)  # under gevent two that hand over through a queue let nobody else run
-                    self._put(piece)
+                time.sleep(0)  # under gevent two that hand over to each other let nobody else run
+                if not self._put(piece):
+                    break
         except Exception as error:
-            last = error
+            self._failure = error
         finally:
             self._connection.drop()  # first: a closed response's connection may be the next one's at once
             self._response.close()
-            self._put(last)
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
 
-    def _put(self, piece: bytes | Exception) -> None:
-        while not self._closed:
-            with contextlib.suppress(queue.Full):
-                self._pieces.put(piece, timeout=1.0)
-                return
+    def _put(self, piece: bytes) -> bool:
+        """Waits for a place: a slow caller slows the upstream. False where nobody reads any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._size < AHEAD_BYTES or self._closed)
+            if piece and not self._closed:
+                self._pieces.append(piece)
+                self._size += len(piece)
+                self._changed.notify_all()
+            return not self._closed
 
     def read(self, until: float) -> bytes | None:
-        if self._end is None:
-            try:
-                piece = self._pieces.get(timeout=None if until == NEVER else max(0.0, until - time.monotonic()))
-            except queue.Empty:
+        timeout = None if until == NEVER else max(0.0, until - time.monotonic())
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._pieces or self._ended or self._closed, timeout):
                 return None
-            if isinstance(piece, bytes) and piece:
-                return piece
-            self._end = piece
-        if isinstance(self._end, Exception):
-            raise self._end
-        return b""
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self._size = 0
+            self._changed.notify_all()
+        if not data and self._failure is not None:
+            raise self._failure
+        return data
 
     def __iter__(self) -> Iterator[bytes]:
         return error_body(self)
@@ -80,13 +92,12 @@ class RelayedBody(httpx2.SyncByteStream):
 
     def close(self) -> None:
         """The helper closes the response; the shutdown wakes it where it waits for more. Never waits."""
-        self._closed = True
         self._connection.end_connection()
-        with contextlib.suppress(queue.Empty):  # and free places where it waits for one
-            while True:
-                self._pieces.get_nowait()
-        with contextlib.suppress(queue.Full):  # the reader too
-            self._pieces.put_nowait(b"")
+        with self._changed:
+            self._closed = True
+            self._pieces.clear()
+            self._size = 0
+            self._changed.notify_all()
 
 
 class SdkTransport(httpx2.HTTPTransport):

@@ -54,6 +54,13 @@ def sockets() -> set[str]:
     return found
 
 
+@pytest.fixture(params=["auto", "sdk"])
+def http(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to the upstream: our own transport, and the SDK's own HTTP. Shops that are opened take this one."""
+    monkeypatch.setenv("STREAMCHAT_HTTP", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     before = threads()

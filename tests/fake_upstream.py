@@ -435,12 +435,14 @@ class FakeUpstream:
     async def _serve(self) -> None:
         server = await self._loop.create_server(lambda: _Connection(self), sock=self._listener, backlog=4096)
         await self._stopping.wait()
-        server.close()
+        # First: what is accepted while its server closes is forgotten with its socket open.
+        self._loop.remove_reader(self._listener)
         me = asyncio.current_task()
         while self._live or asyncio.all_tasks() - {me}:  # a connection that was being accepted comes yet
             for connection in list(self._live):
                 connection.stop()
             await asyncio.sleep(0)
+        server.close()
         # A handshake that broke off may leave its transport with nobody. asyncio keeps all of them, privately.
         for transport in list(getattr(self._loop, "_transports", {}).values()):
             transport.abort()

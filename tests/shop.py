@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -80,7 +81,8 @@ def open_shop(build: Callable[[Flask], object] | None = None, **options: Any) ->
     if build is not None:
         build(app)
     else:
-        given = {"status_hold": 0.3, "max_retries": 0} | options
+        http = os.environ.get("STREAMCHAT_HTTP", "auto")  # set by the fixture of this name
+        given: dict[str, Any] = {"status_hold": 0.3, "max_retries": 0, "http": http} | options
         given.setdefault("public", "authorize" not in options and "tokens" not in options)
         StreamChat(app, **given)
     shop = Shop(app)

@@ -69,7 +69,7 @@ HEARTBEATS = {SSE: b": keep-alive\n", NDJSON: b'{"type":"heartbeat"}\n'}
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
+def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
     with FakeUpstream() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)

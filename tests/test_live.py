@@ -35,7 +35,7 @@ from tests.shop import (
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
+def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
     with FakeUpstream() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)

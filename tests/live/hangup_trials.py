@@ -127,15 +127,14 @@ class Chain:
 
 
 @contextmanager
-def chain(folder: Path, tls: bool, *arguments: str) -> Iterator[Chain]:
+def chain(folder: Path, tls: bool, *arguments: str, http: str = "auto") -> Iterator[Chain]:
     """`arguments` are gunicorn's."""
     context, authority = tls_pair(folder) if tls else (None, None)
     trust = {"SSL_CERT_FILE": str(authority)} if authority else {}
     with ExitStack() as stack:
         upstream = stack.enter_context(FakeUpstream(context))
-        server = stack.enter_context(
-            gunicorn(upstream.base_url, folder, *arguments, extra=trust, status_hold=str(STATUS_HOLD), max_retries="1")
-        )
+        limits = {"status_hold": str(STATUS_HOLD), "max_retries": "1"}
+        server = stack.enter_context(gunicorn(upstream.base_url, folder, *arguments, extra=trust, http=http, **limits))
         yield Chain(upstream, {"direct": server, "nginx": stack.enter_context(nginx(server, folder))})
 
 

@@ -80,6 +80,7 @@ SETTINGS: dict[str, Any] = {"idle_timeout": "0.3", "first_token_timeout": "0.4",
 Start = Callable[[str, Path], AbstractContextManager[Server]]
 SERVERS: dict[str, Start] = {
     "gunicorn gevent": lambda url, folder: gunicorn(url, folder, **SETTINGS),
+    "gunicorn gevent, the SDK's HTTP": lambda url, folder: gunicorn(url, folder, http="sdk", **SETTINGS),
     "gunicorn gthread": lambda url, folder: gunicorn(url, folder, "-k", "gthread", "--threads", "20", **SETTINGS),
     "flask run": lambda url, folder: flask_run(url, folder, **SETTINGS),
     "flask run --debug": lambda url, folder: flask_run(url, folder, "--debug", **SETTINGS),

@@ -17,12 +17,17 @@ pytestmark = pytest.mark.live
 TRIALS = len(WAYS)  # of each state, hop and kind of upstream: every way is among them once
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "TLS"])
+@pytest.fixture(
+    scope="module",
+    params=[(False, "auto"), (True, "auto"), (False, "sdk"), (True, "sdk")],
+    ids=["plain", "TLS", "plain by the SDK's HTTP", "TLS by the SDK's HTTP"],
+)
 def tls_and_chain(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[bool, Chain]]:
-    with chain(tmp_path_factory.mktemp("hangup"), request.param) as servers:
-        yield request.param, servers
+    tls, http = request.param
+    with chain(tmp_path_factory.mktemp("hangup"), tls, http=http) as servers:
+        yield tls, servers
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.name.replace(" ", "_"))

@@ -34,18 +34,25 @@ HOPS = pytest.mark.parametrize("hop", ["direct", "nginx"])
 FORMATS = pytest.mark.parametrize("accept", list(STREAMED))
 
 
+@pytest.fixture(scope="module", params=["auto", "sdk"])
+def http(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[FakeUpstream]:
+def upstream(http: str) -> Iterator[FakeUpstream]:
     with FakeUpstream() as upstream:
         yield upstream
 
 
 @pytest.fixture(scope="module")
-def hops(upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hops]:
+def hops(http: str, upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hops]:
     folder = tmp_path_factory.mktemp("stream")
     silence, most = str(SILENCE), str(MOST_STREAMS)
     with (
-        gunicorn(upstream.base_url, folder, heartbeat=silence, status_hold=silence, max_streams=most) as server,
+        gunicorn(
+            upstream.base_url, folder, heartbeat=silence, status_hold=silence, max_streams=most, http=http
+        ) as server,
         nginx(server, folder) as hop,
     ):
         yield {"direct": server, "nginx": hop}
@@ -133,11 +140,11 @@ def test_the_headers_of_a_stream_hold_nothing_back_on_their_way(
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-def test_no_piece_of_a_fast_answer_falls_behind(tls: bool, tmp_path: Path) -> None:
-    """Over TLS each piece is a record of its own, and a recv brings one record."""
+def test_no_piece_of_a_fast_answer_falls_behind(tls: bool, http: str, tmp_path: Path) -> None:
+    """Over TLS each piece is a record of its own, and a recv brings one record; the SDK's HTTP gives chunk by chunk."""
     context, authority = tls_pair(tmp_path) if tls else (None, None)
     trust = {"SSL_CERT_FILE": str(authority)} if authority else {}
-    with FakeUpstream(context) as upstream, gunicorn(upstream.base_url, tmp_path, extra=trust) as server:
+    with FakeUpstream(context) as upstream, gunicorn(upstream.base_url, tmp_path, extra=trust, http=http) as server:
         upstream.script = stamped(100, 0.005)
         late, rest = [], ""
         with ask(server, "text/plain") as response:
