@@ -90,7 +90,7 @@ def replayed(mount: Mount, kept: Kept, after: int, encoder: Encoder, headers: di
     replay.begin()
     request.environ[ANSWER] = replay
     request.environ[HEADERS]["X-Response-Id"] = kept.id
-    return streamed(replay, encoder, RESUMABLE | (headers or {}))
+    return streamed(replay, encoder, ({} if encoder.whole else RESUMABLE) | (headers or {}))
 
 
 def _after() -> int:

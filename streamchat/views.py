@@ -125,7 +125,7 @@ def _answered(mount: Mount, answer_id: str, dialect: Dialect) -> Response:
     if isinstance(answer, str):
         return replayed(mount, mount.find(answer, user), -1, encoder, {"Idempotency-Replayed": "true"})
     request.environ[ANSWER] = answer
-    return streamed(answer, encoder, RESUMABLE if answer.resumable else {})
+    return streamed(answer, encoder, RESUMABLE if answer.resumable and not encoder.whole else {})
 
 
 def _body(most: int) -> bytes:

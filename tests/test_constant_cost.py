@@ -18,10 +18,10 @@ from streamchat.connection import Connection
 from streamchat.hangup import Caller, Hangups
 from streamchat.live import Live
 from streamchat.loop import ThreadLoop
-from streamchat.transport import FastTransport
+from streamchat.transport import FastTransport, Route
 
 FEW, MANY = 10, 1000
-KEY = ("http", "model", 80)
+KEY = Route("http", "model", 80)
 
 
 def steps(task: Callable[[], object]) -> int:
@@ -47,7 +47,14 @@ class Running:
 
     def __init__(self) -> None:
         self.cancellation, self.caller = Cancellation(), Caller()
+        self.user: str | None = None
         self.started, self.writing_since = time.monotonic(), 0.0
+
+    def caller_stalled(self) -> None:
+        """It reads all."""
+
+    def tick(self, now: float) -> None:
+        """Nothing is due."""
 
     def release(self) -> None:
         """Nothing is held."""

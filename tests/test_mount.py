@@ -211,7 +211,7 @@ def test_callers_who_wait_for_a_silent_model_hold_no_connection_of_the_pool(
 ) -> None:
     gate = Gate()
     upstream.script = [head(), gate, text("one"), finish(), done(), last_chunk()]
-    shelf = Shelf(tmp_path)
+    shelf = Shelf(tmp_path, max_streams_per_user=50)
 
     def receive(app: Flask, **_: Any) -> None:
         shelf.authorize(request)
