@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import plot, soak, table
+from . import plot, soak, stored, table
 from .machine import Cores, choose_cores, describe, raise_file_limit
 from .measure import FULL, LOADS, QUICK, Incomplete, Sizes, repeats, warm_up
 from .peers import BENCH, PEERS, ROOT, Peer, PeerFailure, Server, find_nginx, running
@@ -61,6 +61,9 @@ def main() -> None:
                     "MB after each minute:", *(f"{megabytes:.1f}" for megabytes in soak.soak(bench.start, chosen.soak))
                 )
                 return
+            if chosen.store:
+                print(stored.compare(bench.start, QUICK if chosen.quick else FULL, _progress))
+                return
             report = _compare(bench, chosen)
     except PeerFailure as failure:
         sys.exit(f"bench/run: {failure}")
@@ -79,10 +82,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tls", action="store_true", help="the upstream speaks TLS, with a certificate of our own")
     parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md, as a full run does")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw CPU per piece against streams, no table")
+    parser.add_argument("--store", action="store_true", help="streamchat with its log in SQLite beside itself without")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="50 streams for so long: memory by the minute")
     chosen = parser.parse_args()
     everything = chosen.only == list(PEERS) and chosen.load == list(LOADS)
-    chosen.write = chosen.write or (everything and not (chosen.quick or chosen.tls or chosen.plot or chosen.soak))
+    chosen.write = chosen.write or (
+        everything and not (chosen.quick or chosen.tls or chosen.plot or chosen.soak or chosen.store)
+    )
     return chosen
 
 

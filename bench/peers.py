@@ -151,6 +151,15 @@ PEERS = {
     )
 }
 
+# The same with the response log on; bench/run --store holds it against streamchat as shipped. {folder} is the run's.
+STORED = Peer(
+    "streamchat-sqlite",
+    "streamchat with a log in SQLite",
+    _streamchat,
+    SHIPPED | {"STREAMCHAT_STORE_URL": "sqlite:///{folder}/streamchat.db", "STREAMCHAT_ON_DISCONNECT": "finish"},
+    _nothing_missing,
+)
+
 
 @contextlib.contextmanager
 def running(peer: Peer, upstream: str, folder: Path, cores: frozenset[int], authority: Path | None) -> Iterator[Server]:
@@ -185,7 +194,7 @@ def _environment(peer: Peer, place: Place, authority: Path | None) -> dict[str, 
     }
     own = {"OPENAI_BASE_URL": place.upstream, "OPENAI_API_KEY": "none", "PORT": str(place.port)}
     trust = {name: str(authority) for name in ("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")} if authority else {}
-    return kept | own | trust | dict(peer.environment)
+    return kept | own | trust | {name: value.format(folder=place.folder) for name, value in peer.environment.items()}
 
 
 def _free_port() -> int:
