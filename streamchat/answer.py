@@ -160,8 +160,8 @@ class Answer:
     def _go_on(self) -> None:
         try:
             while self.tally.finish is None:
-                for event in self._pull.next(NEVER) or ():
-                    self._note(event)
+                if events := self._pull.next(NEVER):
+                    self._noted(events)
         except StreamChatError as error:
             self._end(error)
         except BaseException as error:
@@ -217,7 +217,7 @@ class Answer:
     def _pieces(self) -> Iterator[bytes]:
         """What is written, from when the status is decided on. Raises the StreamChatError that ends the answer."""
         encoder, settings = self._encoder, self._settings
-        pending = self._encode(Start(self.order.id, self.order.prompt.model, int(self.tally.created_at)))
+        pending = self._written([Start(self.order.id, self.order.prompt.model, int(self.tally.created_at))])
         decided, due = False, NEVER if encoder.patient else self.started + settings.status_hold
         while self.tally.finish is None:
             events = self._pull.next(due)
@@ -226,37 +226,42 @@ class Answer:
                 pending += b"" if pending else encoder.heartbeat
             else:
                 decided = decided or any(encoder.writes(event) for event in events)
-                pending += b"".join([self._encode(event) for event in events])
+                pending += self._written(events)
                 events = None
-                if self._sheet is not None and self._sheet.lost and not self._warned:
-                    pending += self._warning("This answer can no longer be resumed: the log does not keep up.")
             if decided and (pending or self.tally.finish is not None):
                 self.writing_since = time.monotonic()  # for the sweep to see how long the server writes
                 yield pending
                 self.writing_since, pending = 0.0, b""
                 due = time.monotonic() + settings.heartbeat if encoder.heartbeat else NEVER
 
-    def _encode(self, event: Event) -> bytes:
-        seq = self._seq
-        event = self._note(event)
-        warning = b""
-        if isinstance(event, Finish) and not self._ends_in_log and not self._warned:
-            warning = self._warning("The log does not have the end of this answer yet.")
-        return warning + self._encoder.encode(seq, event)
+    def _written(self, events: list[Event]) -> bytes:
+        """The events of one read: counted, logged and encoded. A warning of the log stands before the last of them."""
+        first, events = self._seq, self._noted(events)
+        encode = self._encoder.encode
+        pieces = [encode(seq, event) for seq, event in enumerate(events, first)]
+        if self._sheet is not None and not self._warned:
+            pieces[-1] = self._warning_due(events[-1]) + pieces[-1]
+        return b"".join(pieces)
 
-    def _note(self, event: Event) -> Event:
-        """Counts the event and has it logged; a Finish is logged with the final state. As it is to be told."""
-        if not isinstance(event, Start):
-            event = self.tally.count(event)
-        self._seq += 1
+    def _noted(self, events: list[Event]) -> list[Event]:
+        """As they are to be told; a Finish, which is the last of all, is logged with the final state."""
+        count = self.tally.count
+        events = [event if isinstance(event, Start) else count(event) for event in events]
+        self._seq += len(events)
         if self._sheet is not None:
-            if isinstance(event, Finish):
-                self._ends_in_log = self._sheet.end(event, ending_of(self._record(), event), HOLD)
-            else:
-                self._sheet.append(event)
-        return event
+            last = events[-1]
+            self._sheet.extend(events[:-1] if isinstance(last, Finish) else events)
+            if isinstance(last, Finish):
+                self._ends_in_log = self._sheet.end(last, ending_of(self._record(), last), HOLD)
+        return events
 
-    def _warning(self, message: str) -> bytes:
+    def _warning_due(self, last: Event) -> bytes:
+        if isinstance(last, Finish) and not self._ends_in_log:
+            message = "The log does not have the end of this answer yet."
+        elif self._sheet is not None and self._sheet.lost:
+            message = "This answer can no longer be resumed: the log does not keep up."
+        else:
+            return b""
         self._warned = True
         return self._encoder.warn("not_resumable", message)
 

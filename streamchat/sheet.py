@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .cancellation import Cancellation
 from .errors import StoreDown
@@ -69,31 +69,32 @@ class Sheet:
         since = self._taken_since or self._since
         return bool(since) and now - since > OLDEST
 
-    def append(self, event: Event) -> None:
-        """Called for each event, in the order of seq from 0."""
-        self._tell(self._add(event, None), event)
+    def extend(self, events: Sequence[Event]) -> None:
+        """Called with the events of each read, in the order of seq from 0."""
+        if events:
+            self._tell(self._add(events, None), events)
 
     def end(self, event: Finish | Failure, ending: Ending, hold: float) -> bool:
         """The last event and the final state: written in one transaction, at once.
 
         Waits for that at most `hold` seconds, and only then tells readers. Whether the whole answer is written.
         """
-        seq = self._add(event, ending)
+        seq = self._add((event,), ending)
         written = self._written.wait(hold) if hold else self._written.is_set()
         self._end_is_told = True
-        self._tell(seq, event)
+        self._tell(seq, (event,))
         return written and not self.lost
 
-    def _add(self, event: Event, ending: Ending | None) -> int:
+    def _add(self, events: Sequence[Event], ending: Ending | None) -> int:
         change = 0
         with self._lock:
-            seq, self.next = self.next, self.next + 1
+            seq, self.next = self.next, self.next + len(events)
             self.ending = ending or self.ending
             if not self.lost:
-                change = _size(event)
+                change = sum([_size(event) for event in events])
                 now = time.monotonic()
                 self._size += change
-                self._waiting.append(event)
+                self._waiting.extend(events)
                 self._since = self._since or now
                 if self._size + self._taken_size > MOST or self.is_late(now):
                     change -= self._give_up()
@@ -102,9 +103,10 @@ class Sheet:
             self._note(self, change, full)
         return seq
 
-    def _tell(self, seq: int, event: Event) -> None:
+    def _tell(self, seq: int, events: Sequence[Event]) -> None:
         for tell in tuple(self.readers) if self.readers else ():
-            tell(seq, event)
+            for each, event in enumerate(events, seq):
+                tell(each, event)
 
     def take(self) -> int:
         """Makes a batch of what waits, unless one is on its way; its size."""

@@ -62,7 +62,7 @@ class Made:
     def say(self, *events: Event) -> None:
         assert self.sheet is not None
         for event in events:
-            self.sheet.append(event)
+            self.sheet.extend([event])
 
     def end(self, hold: float = 5) -> bool:
         assert self.sheet is not None

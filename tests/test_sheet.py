@@ -51,7 +51,7 @@ def desk() -> Desk:
 
 def test_what_waits_becomes_one_batch(desk: Desk) -> None:
     for event in (Start("resp_1", "m", 1), Text("a")):
-        desk.sheet.append(event)
+        desk.sheet.extend([event])
     size = desk.sheet.take()
     assert read(desk.sheet.batch) == [(0, Start("resp_1", "m", 1)), (1, Text("a"))]
     assert size == desk.size == 2 * AN_EVENT + 1
@@ -60,9 +60,9 @@ def test_what_waits_becomes_one_batch(desk: Desk) -> None:
 
 
 def test_a_batch_that_is_not_confirmed_is_taken_again_as_it_was(desk: Desk) -> None:
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     size = desk.sheet.take()
-    desk.sheet.append(Text("b"))
+    desk.sheet.extend([Text("b")])
     desk.end()
     assert desk.sheet.take() == size
     assert read(desk.sheet.batch) == [(0, Text("a"))]
@@ -77,17 +77,17 @@ def test_a_batch_that_is_not_confirmed_is_taken_again_as_it_was(desk: Desk) -> N
 
 
 def test_what_is_given_up_while_it_is_written_is_not_confirmed_twice(desk: Desk) -> None:
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     desk.sheet.take()
-    desk.sheet.append(Text("b"))
+    desk.sheet.extend([Text("b")])
     assert desk.sheet.give_up() == desk.size
     assert desk.sheet.confirm() == 0
-    desk.sheet.append(Text("c"))
+    desk.sheet.extend([Text("c")])
     assert (desk.sheet.lost, desk.sheet.waits, desk.sheet.next) == (True, False, 3)
 
 
 def test_the_final_state_of_a_lost_answer_is_still_written_without_its_events(desk: Desk) -> None:
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     desk.sheet.give_up()
     made = desk.end()
     desk.sheet.take()
@@ -101,30 +101,30 @@ def test_the_final_state_of_a_lost_answer_is_still_written_without_its_events(de
     [Text("x" * FULL), ToolCall(0, "c", "f", "x" * FULL), Text("é" * (FULL // 6)), Text("", 0, {"c": ["x" * FULL]})],
 )
 def test_thirty_two_kib_are_written_at_once(desk: Desk, event: Event) -> None:
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     assert not desk.urgent
-    desk.sheet.append(event)
+    desk.sheet.extend([event])
     assert desk.urgent
 
 
 def test_more_than_a_mebibyte_is_given_up_also_where_half_of_it_is_on_its_way(desk: Desk) -> None:
     half = Text("x" * (module.MOST // 2))
-    desk.sheet.append(half)
+    desk.sheet.extend([half])
     desk.sheet.take()
-    desk.sheet.append(Text("y" * 1000))
+    desk.sheet.extend([Text("y" * 1000)])
     lost_before = desk.sheet.lost
-    desk.sheet.append(half)
+    desk.sheet.extend([half])
     assert (lost_before, desk.sheet.lost, desk.size) == (False, True, 0)
 
 
 def test_an_event_that_waited_too_long_is_given_up_whoever_writes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "OLDEST", 0.05)
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     desk.sheet.take()
     assert not desk.sheet.is_late(time.monotonic())
     time.sleep(0.06)
     assert desk.sheet.is_late(time.monotonic())
-    desk.sheet.append(Text("b"))
+    desk.sheet.extend([Text("b")])
     assert (desk.sheet.lost, desk.size) == (True, 0)
 
 
@@ -132,9 +132,9 @@ def test_the_age_of_what_came_during_a_write_counts_from_when_it_came(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "OLDEST", 0.05)
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     desk.sheet.take()
-    desk.sheet.append(Text("b"))
+    desk.sheet.extend([Text("b")])
     time.sleep(0.06)
     desk.sheet.confirm()
     assert desk.sheet.is_late(time.monotonic())
@@ -147,7 +147,7 @@ def test_threads_that_append_and_take_at_once_lose_and_double_nothing() -> None:
 
     def produce() -> None:
         for number in range(many):
-            desk.sheet.append(Text(str(number)))
+            desk.sheet.extend([Text(str(number))])
             while number - len(kept) > 5000:
                 time.sleep(0)
         done.set()
@@ -167,7 +167,7 @@ def test_threads_that_append_and_take_at_once_lose_and_double_nothing() -> None:
 def test_the_end_is_told_to_readers_once_it_is_written(desk: Desk) -> None:
     told: list[tuple[int, Event]] = []
     desk.sheet.readers.append(lambda seq, event: told.append((seq, event)))
-    desk.sheet.append(Text("a"))
+    desk.sheet.extend([Text("a")])
     seen: list[object] = []
 
     def write() -> None:
