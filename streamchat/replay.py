@@ -48,7 +48,7 @@ class Replay:
         self.cancellation = Cancellation()
         self.started = time.monotonic()
         self.writing_since = 0.0
-        self._next = after + 1
+        self._first = self._next = after + 1
         self._log = log
         self._encoder = encoder
         self._live = live
@@ -137,6 +137,8 @@ class Replay:
         for part in self._history():
             yield part
             ended = isinstance(part[-1][1], ENDS)
+        if self._next == self._first:
+            yield None  # there is nothing new yet: the stream opens all the same
         asked_again = False
         while not ended:
             news: News | None = self._wait()
