@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_upstream import Gate, Hang, head, text
+from tests.fake_upstream import Gate, Hang, Pause, Repeat, done, finish, head, last_chunk, text
 from tests.live.pair import STORES, Pair, ask, cancel, look, pair_over, resume, seconds_since, seqs, text_of, words
 from tests.live.servers import Server, nginx, wait_for
 
@@ -140,14 +140,18 @@ def test_a_caller_who_comes_back_in_time_finds_the_answer_running_until_he_leave
 def test_a_server_that_stops_waits_for_answers_without_a_caller(kind: str, tmp_path: Path) -> None:
     """Those that end in its time are finished, the others end as `draining`; its lease ends with it."""
     with chain(kind, tmp_path, "finish") as made:
-        pair, gate = made.pair, Gate()
-        finished = pair.model.say("finished", words(0, 2), gate, words(2, 5))
-        pair.model.scripts["unfinished"] = [head(), text("Hel"), Hang()]
+        pair, left, gate = made.pair, Gate(), Gate()
+        # What is written to the caller who left takes the connection with it: from then on nobody but the log reads.
+        noticed = [left, Repeat([Pause(0.02), text("word ")], 20)]
+        pair.model.scripts["finished"] = [head(), text("Hel"), *noticed, gate, text("lo"), finish(), done(), last_chunk()]
+        pair.model.scripts["unfinished"] = [head(), text("Hel"), *noticed, Hang()]
         ids = []
-        for message in (finished, "unfinished"):
+        for message in ("finished", "unfinished"):
             with ask(made.nginx, message) as caller:
                 caller.until(1)
                 ids.append(caller.id)
+        left.open()
+        gate.wait_reached()
         pair.first.terminate()
         began = time.monotonic()
         time.sleep(1.5)  # the worker has seen it by then, and has no connection any more
@@ -159,7 +163,7 @@ def test_a_server_that_stops_waits_for_answers_without_a_caller(kind: str, tmp_p
         assert (told["status"], told["error"]["code"]) == ("failed", "draining")
         assert pair.first.process.wait(DRAIN) == 0
         assert seconds_since(began) < DRAIN
-        assert look(pair.second, ids[0])["text"] == "".join(words(0, 5))
+        assert look(pair.second, ids[0])["text"] == "Hel" + "word " * 20 + "lo"
         assert pair.store.gauges()["owners"] == 1  # the second server's
         assert [record["outcome"] for record in pair.first.records()] == ["completed", "draining"]
         assert pair.live() == 0
