@@ -201,8 +201,10 @@ def pair_over(kind: str, folder: Path, *arguments: str, users: bool = False, **s
         url, redis = stack.enter_context(log_of(kind, folder))
         given = {"store_url": url, "lease": str(LEASE)} | ({"tokens": json.dumps(TOKENS)} if users else {}) | settings
         model = Model(stack.enter_context(FakeUpstream()))
+        url_of_model = model.fake.base_url
         first, second = (
-            stack.enter_context(gunicorn(model.fake.base_url, folder, *arguments, **given)) for _ in range(2)
+            stack.enter_context(gunicorn(url_of_model, folder, *arguments, **given))  # type: ignore[arg-type]
+            for _ in range(2)
         )
         yield Pair(model, first, second, stack.enter_context(looking(url)), redis)
 

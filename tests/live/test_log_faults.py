@@ -31,7 +31,7 @@ GIVEN_UP = 7.5  # seconds after which a log that takes nothing is given up: 5, a
 
 @dataclass
 class Chain:
-    """One server with a log, and one without trouble of its own in front of the same model."""
+    """One server and its log."""
 
     model: Model
     server: Server
@@ -44,7 +44,8 @@ def chain(folder: Path, url: str, inside: Sequence[str] = (), lease: float = 15)
     with ExitStack() as stack:
         model = Model(stack.enter_context(FakeUpstream()))
         given = {"store_url": url, "on_disconnect": "finish", "lease": str(lease)}
-        server = stack.enter_context(gunicorn(model.fake.base_url, folder, inside=inside, **given))
+        running = gunicorn(model.fake.base_url, folder, inside=inside, **given)  # type: ignore[arg-type]
+        server = stack.enter_context(running)
         yield Chain(model, server, folder)
 
 

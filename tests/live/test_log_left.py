@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_upstream import Gate, Hang, Pause, Repeat, done, finish, head, last_chunk, text
+from tests.fake_upstream import Gate, Hang, Pause, Repeat, Step, done, finish, head, last_chunk, text
 from tests.live.pair import STORES, Pair, ask, cancel, look, pair_over, resume, seconds_since, seqs, text_of, words
 from tests.live.servers import Server, nginx, wait_for
 
@@ -35,7 +35,7 @@ class Chain:
 def chain(kind: str, folder: Path, on_disconnect: str) -> Iterator[Chain]:
     with ExitStack() as stack:
         settings = {"on_disconnect": on_disconnect, "status_hold": "0.2", "grace": str(DRAIN)}
-        pair = stack.enter_context(pair_over(kind, folder, **settings))
+        pair = stack.enter_context(pair_over(kind, folder, **settings))  # type: ignore[arg-type]
         yield Chain(pair, stack.enter_context(nginx(pair.first, folder)))
 
 
@@ -142,8 +142,17 @@ def test_a_server_that_stops_waits_for_answers_without_a_caller(kind: str, tmp_p
     with chain(kind, tmp_path, "finish") as made:
         pair, left, gate = made.pair, Gate(), Gate()
         # What is written to the caller who left takes the connection with it: from then on nobody but the log reads.
-        noticed = [left, Repeat([Pause(0.02), text("word ")], 20)]
-        pair.model.scripts["finished"] = [head(), text("Hel"), *noticed, gate, text("lo"), finish(), done(), last_chunk()]
+        noticed: list[Step] = [left, Repeat([Pause(0.02), text("word ")], 20)]
+        pair.model.scripts["finished"] = [
+            head(),
+            text("Hel"),
+            *noticed,
+            gate,
+            text("lo"),
+            finish(),
+            done(),
+            last_chunk(),
+        ]
         pair.model.scripts["unfinished"] = [head(), text("Hel"), *noticed, Hang()]
         ids = []
         for message in ("finished", "unfinished"):

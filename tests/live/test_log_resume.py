@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_readers_who_are_cut_anywhere_and_come_back_on_any_server_assemble_the_s
     pieces = words(0, 150)
     pair.model.scripts["cuts"] = answer(pieces, pause=0.01)
 
-    def assemble(seed: int) -> tuple[list[int], str]:
+    def assemble(id: str, seed: int) -> tuple[list[int], str]:
         """One reader: leaves after some events, or in the middle of them, and asks for those after the last one."""
         draw, read, told = random.Random(seed), -1, ""
         places: list[int] = []
@@ -148,8 +149,7 @@ def test_readers_who_are_cut_anywhere_and_come_back_on_any_server_assemble_the_s
                         return places, told
 
     with ask(pair.first, "cuts") as caller, ThreadPoolExecutor(8) as pool:
-        id = caller.id
-        found = list(pool.map(assemble, range(16)))
+        found = list(pool.map(partial(assemble, caller.id), range(16)))
         places = seqs(caller.rest())
     assert [told == "".join(pieces) for _, told in found] == [True] * 16
     assert all(seen == places for seen, _ in found)
