@@ -141,7 +141,7 @@ def cancel(server: Server, id: str, user: str | None = None) -> dict[str, Any]:
 
 def _document(reading: Reading) -> dict[str, Any]:
     seen = reading.whole()
-    assert seen.status == 200, seen
+    assert seen.status == 200 and seen.whole, seen
     return seen.document
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
@@ -66,6 +66,10 @@ def test_the_same_key_with_another_body_is_refused_by_the_other_server(pair: Pai
     assert [len(pair.model.asked(message)) for message in messages] == [1, 1]
 
 
+def are_over(racing: Sequence[Future[int]]) -> int:
+    return sum(each.done() for each in racing)
+
+
 def test_fifty_parallel_requests_on_two_servers_begin_as_many_answers_as_are_allowed(pair: Pair) -> None:
     for number in range(4):
         gate, together = Gate(), Barrier(RACERS)
@@ -80,7 +84,7 @@ def test_fifty_parallel_requests_on_two_servers_begin_as_many_answers_as_are_all
 
         with ThreadPoolExecutor(RACERS) as pool:
             racing = [pool.submit(race, number) for number in range(RACERS)]
-            wait_for(lambda: sum(each.done() for each in racing) == RACERS - MOST, 20, "the refusals")
+            wait_for(lambda racing=racing: are_over(racing) == RACERS - MOST, 20, "the refusals")  # type: ignore[misc]
             assert pair.live() == MOST
             gate.open()
         assert Counter(each.result() for each in racing) == {200: MOST, 429: RACERS - MOST}
