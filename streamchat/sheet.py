@@ -76,13 +76,13 @@ class Sheet:
     def end(self, event: Finish | Failure, ending: Ending, hold: float) -> bool:
         """The last event and the final state: written in one transaction, at once.
 
-        Waits for that at most `hold` seconds, and only then tells readers. Whether it is written.
+        Waits for that at most `hold` seconds, and only then tells readers. Whether the whole answer is written.
         """
         seq = self._add(event, ending)
         written = self._written.wait(hold) if hold else self._written.is_set()
         self._end_is_told = True
         self._tell(seq, event)
-        return written
+        return written and not self.lost
 
     def _add(self, event: Event, ending: Ending | None) -> int:
         change = 0

@@ -15,7 +15,7 @@ from .errors import StoreDown
 from .events import Event
 from .loop import Bell, Loop
 from .sheet import Sheet
-from .store import Listener, Store, unpack
+from .store import Batch, Listener, Store, unpack
 
 logger = logging.getLogger("streamchat")
 
@@ -129,9 +129,9 @@ class Tails:
             self._cancelled(id)
         for batch in batches:
             tails = tuple(self._following.get(batch.id, ()))
-            events = unpack(batch.payload) if tails else ()
+            events = _events(batch) if tails else []
             for tail in tails:
-                tail.news.extend(enumerate(events, batch.first))
+                tail.news.extend(events)
                 tail.bell.ring()
 
     def close(self, within: float) -> None:
@@ -140,3 +140,11 @@ class Tails:
         if self._listener is not None:
             self._listener.close()
             self._silent.wait(within)
+
+
+def _events(batch: Batch) -> list[tuple[int, Event]]:
+    """None where they are not whole: readers see the gap."""
+    try:
+        return list(enumerate(unpack(batch.payload), batch.first))
+    except ValueError:
+        return []

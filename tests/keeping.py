@@ -86,7 +86,7 @@ def user_of(request: Request) -> str | None:
 def keeping_shop(monkeypatch: pytest.MonkeyPatch, store: FaultyStore, **options: Any) -> Iterator[Shop]:
     """A process of its own with a handle on the store. Users say who they are by X-User."""
     monkeypatch.setitem(stores.STORES, "memory", lambda settings, loop: store.store)
-    given = {"store_url": "memory://", "authorize": user_of, "coalesce_ms": 0} | options
+    given: dict[str, Any] = {"store_url": "memory://", "authorize": user_of, "coalesce_ms": 0} | options
     if given.get("public"):
         del given["authorize"]
     with open_shop(**given) as shop:
@@ -117,5 +117,3 @@ def expect_settled(store: FaultyStore) -> None:
         return told["live"], told["reserved"]
 
     wait_until(lambda: gauges() == (0, 0), "the store still holds a slot")
-
-

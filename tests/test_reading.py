@@ -1,4 +1,4 @@
-"""The routes of kept answers: the object, the stream after an event, cancelling, chats; from this process and others."""
+"""The routes of kept answers: object, stream after an event, cancelling, chats; from this process and others."""
 
 from __future__ import annotations
 
@@ -132,7 +132,12 @@ def test_the_object_of_an_answer_that_runs(upstream: FakeUpstream, here: Shop, t
         wait_until(lambda: get(there, path).json["text"] == "Hel", "the text is not kept")  # type: ignore[index]
         told = get(there, path).json
         assert told is not None
-        assert (told["status"], told["finish_reason"], told["usage"], told["error"]) == ("in_progress", None, None, None)
+        assert (told["status"], told["finish_reason"], told["usage"], told["error"]) == (
+            "in_progress",
+            None,
+            None,
+            None,
+        )
         gate.open()
         read_all_chunks(caller)
 
@@ -285,7 +290,10 @@ def test_readers_of_a_running_answer_get_each_event_once(
         readers = [call(each, get_bytes(f"/responses/{caller.id}/stream", accept)) for each in (port, other)]
         seen = [read_until(sock, b"Hel") for sock in readers]
         gate.open()
-        whole = [read_all_chunks(caller), *(head + read_until(sock, b"0\r\n\r\n") for head, sock in zip(seen, readers, strict=True))]
+        whole = [
+            read_all_chunks(caller),
+            *(head + read_until(sock, b"0\r\n\r\n") for head, sock in zip(seen, readers, strict=True)),
+        ]
         for sock in readers:
             sock.close()
     told = [events_in(accept, body) for body in whole]
