@@ -9,6 +9,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,10 +203,15 @@ def pair_over(kind: str, folder: Path, *arguments: str, users: bool = False, **s
         given = {"store_url": url, "lease": str(LEASE)} | ({"tokens": json.dumps(TOKENS)} if users else {}) | settings
         model = Model(stack.enter_context(FakeUpstream()))
         url_of_model = model.fake.base_url
-        first, second = (
-            stack.enter_context(gunicorn(url_of_model, folder, *arguments, **given))  # type: ignore[arg-type]
-            for _ in range(2)
-        )
+
+        def start(_: int) -> Server:
+            running = gunicorn(url_of_model, folder, *arguments, **given)  # type: ignore[arg-type]
+            return stack.enter_context(running)
+
+        with ThreadPoolExecutor(2) as pool:  # both at once, and both end at once: each takes its time
+            first, second = pool.map(start, range(2))
+        for server in (first, second):
+            stack.callback(server.terminate)
         yield Pair(model, first, second, stack.enter_context(looking(url)), redis)
 
 

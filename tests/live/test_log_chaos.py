@@ -13,7 +13,7 @@ from tests.live.pair import STORES
 
 pytestmark = pytest.mark.live
 
-ENDINGS = 300
+ENDINGS = 200
 KILLS = 3
 
 

@@ -25,8 +25,9 @@ pytestmark = pytest.mark.live
 
 CALLERS = 4
 BEFORE = 0.4  # seconds of a stream before the trouble begins
-AFTER = 1.0  # and when it is over
+AFTER = 0.6  # and when it is over
 GIVEN_UP = 7.5  # seconds after which a log that takes nothing is given up: 5, and what one attempt may take
+FULL = 5.8  # the same where it says no at once
 
 
 @dataclass
@@ -233,10 +234,10 @@ def test_a_full_disk_costs_resuming_and_a_warning_says_so(tmp_path: Path) -> Non
         def fill() -> None:
             with pytest.raises(OSError, match="No space"):
                 filler.write_bytes(bytes(2 << 20))
-            time.sleep(GIVEN_UP)
+            time.sleep(FULL)
             filler.unlink()
 
-        callers = under(fill, servers, BEFORE + GIVEN_UP + AFTER, "disk full")
+        callers = under(fill, servers, BEFORE + FULL + AFTER, "disk full")
         assert [caller.warnings for caller in callers] == [["not_resumable"]] * CALLERS
         cannot_be_resumed(servers, callers)
         wait_for(lambda: is_resumable_again(servers), 3, "a log that is used again")
