@@ -157,12 +157,19 @@ def end_idle_connections(worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """The app is loaded: warm its client up, cap its answers, let it see when the worker is told to stop."""
-    from streamchat.extension import follow_worker
+    from streamchat.extension import end_worker, follow_worker
 
     most = max(1, worker.worker_connections * ANSWERS_OF_TEN // 10)
     follow_worker(worker.wsgi, lambda: not worker.alive, most, graceful_timeout - MARGIN)
     if hasattr(worker, "timeout_ctx"):  # the gevent worker's way to wait for a request
         worker.timeout_ctx = lambda: RequestTimeout(worker.cfg.keepalive, False)
         gevent.spawn(end_idle_connections, worker)
+    run = worker.run
+
+    def run_to_the_end() -> None:
+        run()  # until no connection has a request
+        end_worker(worker.wsgi, worker.notify)
+
+    worker.run = run_to_the_end
     gc.collect()
     gc.freeze()  # what is loaded by now lives as long as the worker: no collection has to look at it again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from flask import Flask
 from .mount import Mount
 from .responses import EXTENSION
 from .views import create_blueprint
+
+BEAT = 0.1  # seconds between two looks whether a worker may end
 
 
 class StreamChat:
@@ -38,6 +41,16 @@ def follow_worker(application: Any, is_stopping: Callable[[], bool], most: int, 
     """
     for mount in mounts_of(application):
         mount.follow(is_stopping, most, drain_seconds)
+
+
+def end_worker(application: Any, beat: Callable[[], None]) -> None:
+    """The worker's connections have ended: answers whose callers left may go on while it drains. Then all is closed."""
+    mounts = mounts_of(application)
+    while any(mount.keeps_worker for mount in mounts):
+        beat()
+        time.sleep(BEAT)
+    for mount in mounts:
+        mount.close()
 
 
 def mounts_of(application: Any) -> list[Mount]:

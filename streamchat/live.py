@@ -15,6 +15,7 @@ from .loop import Loop
 
 RETRY_AFTER = 5  # seconds; what a full or stopping worker tells callers
 LEASE_SPARE = 60.0  # seconds after which an answer that nothing ended loses its slot
+LAST_SECONDS = 2.0  # after the drain: the sweep that ends an answer may come a second late
 STUCK_SECONDS = 1.0  # a write that takes longer while the worker stops is not waited for
 
 
@@ -67,6 +68,11 @@ class Live:
         if not self._drain_at and self._is_stopping is not None and self._is_stopping():
             self._drain_at = time.monotonic() + self._drain_seconds
         return bool(self._drain_at)
+
+    @property
+    def keeps_worker(self) -> bool:
+        """Whether answers still run and have their time: that of the drain, and a moment in which all are told."""
+        return bool(self._running) and self.draining and time.monotonic() < self._drain_at + LAST_SECONDS
 
     def __len__(self) -> int:
         return len(self._running)

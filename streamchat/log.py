@@ -207,9 +207,13 @@ class Log:
                 self._give_up(sheet)
 
     def _lost(self, owner: str) -> None:
-        """Others have ended the answers of this lease: here they end too."""
+        """Others have ended the answers of this lease: here they end too.
+
+        Where it was lost because the store was away, nobody is to blame: they go on for their callers, without the log.
+        """
+        end = self._forget if self.down else self._end_with_lease
         for sheet in [sheet for sheet in list(self.running.values()) if sheet.owner == owner]:
-            self._end_with_lease(sheet)
+            end(sheet)
 
     def _end_with_lease(self, sheet: Sheet) -> None:
         self._forget(sheet)

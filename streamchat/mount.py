@@ -102,6 +102,11 @@ class Mount:
     def draining(self) -> bool:
         return self._process is not None and self._process.live.draining
 
+    @property
+    def keeps_worker(self) -> bool:
+        """Whether answers still run that the stopping worker waits for."""
+        return self._process is not None and self._process.live.keeps_worker
+
     def make_id(self) -> str:
         return self.hooks.make_id() if self.hooks.make_id is not None else f"resp_{secrets.token_hex(16)}"
 
@@ -238,7 +243,7 @@ class Mount:
             process.upstream.warm_up()
 
     def close(self) -> None:
-        """Ends what the process holds. For tests; a worker that exits needs no call."""
+        """Ends what the process holds. A worker that exits without the call leaves its lease to end by itself."""
         if self._process is not None:
             self._process.close()
             self._process = None

@@ -48,7 +48,7 @@ class Replay:
         self.cancellation = Cancellation()
         self.started = time.monotonic()
         self.writing_since = 0.0
-        self._next = after + 1
+        self._first = self._next = after + 1
         self._log = log
         self._encoder = encoder
         self._live = live
@@ -152,6 +152,8 @@ class Replay:
             yield told
             if isinstance(told[-1][1], ENDS):
                 return
+        if self._next == self._first and self._tail is not None:
+            yield None  # there is nothing new yet: the stream opens all the same
         while True:
             news = self._wait()
             told, beyond = self._in_order(news or [])

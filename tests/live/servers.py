@@ -111,11 +111,13 @@ def gunicorn(
     app: str = "wsgi:app",
     extra: Mapping[str, str] | None = None,
     files: str = "",
+    inside: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Server]:
     """One worker, unless `arguments` say otherwise: `gunicorn(url, tmp_path, "-k", "gthread", "--threads", "20")`.
 
-    `files`: the soft and the hard limit of open files under which it starts, "256 4096".
+    `files`: the soft and the hard limit of open files under which it starts, "256 4096". `inside`: a command that
+    becomes the one behind it.
     """
     port = free_port()
     command = [sys.executable, "-m", "gunicorn", "-c", "conf/gunicorn.conf.py", "-b", f"127.0.0.1:{port}", "-w", "1"]
@@ -123,7 +125,7 @@ def gunicorn(
         limited = 'ulimit -Sn "$0" && ulimit -Hn "$1" && shift && exec "$@"'
         command = ["sh", "-c", limited, *files.split(), *command]
     environ = environment(base_url, **settings) | dict(extra or {})
-    with running([*command, *arguments, app], port, folder, environ, "gunicorn") as server:
+    with running([*inside, *command, *arguments, app], port, folder, environ, "gunicorn") as server:
         wait_for(lambda: bool(server.workers()), what="a worker")
         yield server
 
