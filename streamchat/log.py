@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .cancellation import Cancellation
 from .errors import Cancelled, LeaseLost, StoreDown
-from .loop import Loop
+from .loop import NEVER, Loop
 from .sheet import Sheet
 from .store import Entry, Limits, Store
 from .tail import Tail, Tails
@@ -25,13 +25,16 @@ OLDEST = 5.0  # seconds that an event may wait for the store
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction
 BEATS = 3  # renewals in the time of a lease
+PRUNE_EVERY = 60.0  # seconds
 
 
 class Log:
     """One for each mounted blueprint and process. Its greenlets or threads begin with its first answer."""
 
-    def __init__(self, store: Store, loop: Loop, lease: float) -> None:
+    def __init__(self, store: Store, loop: Loop, lease: float, prune: Callable[[], object] = lambda: None) -> None:
         self.store = store
+        self._prune = prune
+        self._prune_at = 0.0  # monotonic
         self.down = False  # the store did not answer the last time
         self.waiting_bytes = 0
         self.running: dict[str, Sheet] = {}
@@ -155,7 +158,7 @@ class Log:
             logger.warning("the response log does not answer: answers go on without it")
 
     def _keep(self) -> None:
-        """Renews the lease, and ends what dead processes left."""
+        """Renews the lease, ends what dead processes left, and has old answers forgotten."""
         while not self._stop.wait(time.monotonic() + self._beat):
             owner = self._owner
             try:
@@ -163,12 +166,29 @@ class Log:
                     self.store.renew(owner)
                     self.down = False
                     self.store.reap()
+                    self._begin_pruning()
             except StoreDown:
                 self._fell()
             except LeaseLost:
                 self._lose(owner)
             except Exception:  # a bug in a store: the lease must go on
                 logger.exception("the response log failed")
+
+    def _begin_pruning(self) -> None:
+        """Beside the beats, which a large log must not hold up; one at a time, a minute after the one before."""
+        if time.monotonic() >= self._prune_at:
+            self._prune_at = NEVER
+            self._loop.spawn(self._prune_once)
+
+    def _prune_once(self) -> None:
+        try:
+            self._prune()
+        except StoreDown:
+            pass  # the next minute is early enough
+        except Exception:
+            logger.exception("the response log failed")
+        finally:
+            self._prune_at = time.monotonic() + PRUNE_EVERY
 
     def _lose(self, owner: str | None) -> None:
         """Others have ended the answers of this lease: here they end too."""

@@ -75,7 +75,7 @@ LAYERS = {
     ),
     "hangup": Layer(2, "cancellation loop"),
     "live": Layer(2, "cancellation errors hangup loop"),
-    "stores": Layer(2, "loop memory_store redis_store settings sqlite_store store"),
+    "stores": Layer(2, "errors loop memory_store redis_store settings sqlite_store store"),
     "sheet": Layer(2, "cancellation errors events store"),
     "tail": Layer(2, "errors events loop sheet store"),
     "log": Layer(2, "cancellation errors loop sheet store tail"),
@@ -97,7 +97,8 @@ LAYERS = {
         " upstream",
         "flask",
     ),
-    "cli": Layer(4, "mount settings", "click flask"),
+    "spending": Layer(3, "store"),
+    "cli": Layer(4, "errors loop mount settings spending store stores", "click flask"),
     "page": Layer(4, "mount", "flask"),
     "responses": Layer(5, "access dialects encoders errors hangup mount", "flask werkzeug"),
     "reading": Layer(
