@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,3 +233,8 @@ def test_a_function_stays_within_sixty_lines(module: str) -> None:
 @pytest.mark.parametrize("module", modules)
 def test_a_module_opens_with_what_it_is(module: str) -> None:
     assert ast.get_docstring(tree(module))
+
+
+def test_contributors_find_every_module() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"`(\w+)\.py`", text)) == set(modules) - {"__init__"}
