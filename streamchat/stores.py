@@ -11,6 +11,7 @@ from .loop import Loop
 from .memory_store import MemoryStore
 from .redis_store import RedisStore
 from .settings import Settings
+from .sqlite_schema import check_file
 from .sqlite_store import SqliteStore
 from .store import Store
 
@@ -53,7 +54,7 @@ def prune(store: Store, settings: Settings) -> int:
 
 
 def check_store(settings: Settings, loop: Loop) -> None:
-    """At the start. Raises SettingsError as open_store does, and where the file's folder is not there."""
+    """At the start. Raises SettingsError as open_store does, for a missing folder, and for a file of something else."""
     open_store(settings, loop)
     file = file_of(settings)
     if file is not None and not file.parent.is_dir():
@@ -61,3 +62,5 @@ def check_store(settings: Settings, loop: Loop) -> None:
         raise SettingsError(
             f"STREAMCHAT_STORE_URL names a file in {folder}, which is no folder: make it, or name another."
         )
+    if file is not None:
+        check_file(str(file))

@@ -76,7 +76,7 @@ LAYERS = {
     ),
     "hangup": Layer(2, "cancellation loop"),
     "live": Layer(2, "cancellation errors hangup loop"),
-    "stores": Layer(2, "errors loop memory_store redis_store settings sqlite_store store"),
+    "stores": Layer(2, "errors loop memory_store redis_store settings sqlite_schema sqlite_store store"),
     "sheet": Layer(2, "cancellation errors events store"),
     "tail": Layer(2, "errors events loop sheet store"),
     "log": Layer(2, "cancellation errors loop sheet store tail"),

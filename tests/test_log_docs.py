@@ -7,13 +7,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flask import Flask
 
-from streamchat.settings import TABLE, key
+from ops.serve import ON_DISCONNECT
+from streamchat import log, sheet
+from streamchat.encoders import SseEncoder
+from streamchat.settings import TABLE, Settings, key
 from streamchat.spending import table
 from streamchat.store import Spent
 from tests.fake_upstream import FakeUpstream, answer
@@ -85,6 +89,23 @@ def test_other_formats_and_a_missing_log_are_as_the_page_says(upstream: FakeUpst
     assert "STREAMCHAT_STORE_URL" in json.loads(refused)["detail"]
 
 
+def test_a_backup_as_the_page_makes_it_has_the_answers_and_the_files_are_those_it_names(
+    upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    command = re.search(r'`python (-m apsw) log.db "(.*?) copy.db"`', RESUME)
+    assert command
+    with open_shop(store_url=f"sqlite:///{tmp_path}/log.db") as shop:
+        id = shop.ask().headers["X-Response-Id"]
+        names = {file.name for file in tmp_path.iterdir()}
+        arguments = [sys.executable, *command[1].split(), "log.db", f"{command[2]} copy.db"]
+        subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, timeout=30)
+    named = re.search(r"made with mode 0600\. (.*) beside it", RESUME)
+    assert named
+    assert names == {"log.db"} | {f"log.db{end}" for end in re.findall(r"`(-\w+)`", named[1])}
+    with open_shop(store_url=f"sqlite:///{tmp_path}/copy.db") as shop:
+        assert json.loads(shop.app.test_client().get(f"/api/responses/{id}").data)["text"] == "Hello, world!"
+
+
 def test_the_table_of_the_page_is_what_the_command_prints() -> None:
     shown = re.search(r"<!-- usage -->\n(.*?)<!-- /usage -->", LIMITS, re.DOTALL)
     assert shown
@@ -131,3 +152,18 @@ def test_flask_limiter_counts_questions_and_nothing_else(upstream: FakeUpstream)
     assert client.post("/api/get-response", json=question).status_code == 200
     assert len(upstream.requests) == 4
     shop.close()
+
+
+def test_the_warning_of_the_page_is_the_one_that_is_sent() -> None:
+    shown = re.search(r"^ {4}event: warning\n {4}data: (\{.*\})$", RESUME, re.MULTILINE)
+    assert shown
+    message = json.loads(shown[1])["message"]
+    assert f"event: warning\ndata: {shown[1]}\n\n".encode() == SseEncoder().warn("not_resumable", message)
+    assert f'"{message}"' in (DOCS.parent / "streamchat" / "answer.py").read_text()
+
+
+def test_the_sizes_and_times_of_the_page_are_the_code_s() -> None:
+    assert f"at most {2 * log.GATHER * 1000:.0f} ms or {sheet.FULL >> 10} KiB behind" in RESUME
+    assert f"away for {log.OLDEST:.0f} s, or {sheet.MOST >> 20} MiB of an answer ({log.MOST_OF_ALL >> 20} MiB" in RESUME
+    assert f"within STREAMCHAT_LEASE and {Settings().lease / log.BEATS:.0f} s its readers" in RESUME
+    assert f"`./serve` sets {ON_DISCONNECT} seconds" in RESUME

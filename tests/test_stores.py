@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from streamchat.redis_store import RedisStore
 from streamchat.settings import Settings
 from streamchat.sqlite_store import SqliteStore
 from streamchat.stores import check_store, file_of, open_store
+from tests.sqlite_lock import locked
 
 ENVIRON = {"STREAMCHAT_PUBLIC": "true"}
 
@@ -77,6 +81,34 @@ def test_a_folder_that_is_not_there_is_named_in_full(tmp_path: Path, monkeypatch
     (tmp_path / "state").write_text("a file")
     assert started("sqlite:///state/log.db") == sentence.format(tmp_path / "state")
     check_store(settings("sqlite:///log.db"), ThreadLoop())
+
+
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    poem, other = tmp_path / "poem.txt", tmp_path / "other.db"
+    poem.write_text("Shall I compare thee to a summer's day? " * 100)
+    with closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE poems (line TEXT)")
+    before = {file: file.read_bytes() for file in (poem, other)}
+    assert started(f"sqlite:///{poem}") == (
+        "STREAMCHAT_STORE_URL names a file that is no database: name a file of its own."
+    )
+    assert started(f"sqlite:///{other}") == (
+        "STREAMCHAT_STORE_URL names a database of something else: name a file of its own."
+    )
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_file_of_ours_is_taken_also_while_others_write_it_and_none_is_made(tmp_path: Path) -> None:
+    url = settings(f"sqlite:///{tmp_path}/log.db")
+    check_store(url, ThreadLoop())
+    assert not list(tmp_path.iterdir())
+    with closing(SqliteStore(str(tmp_path / "log.db"), 15.0, ThreadLoop().lane)) as store:
+        store.take_lease()
+        with locked(str(tmp_path / "log.db")):
+            began = time.monotonic()
+            check_store(url, ThreadLoop())
+            assert time.monotonic() - began < 1
+    check_store(url, ThreadLoop())
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,15 +189,6 @@ def test_a_file_that_is_not_there_is_named_and_not_made(command: str, upstream: 
     assert not file.exists()
 
 
-def test_a_file_of_something_else_is_left_alone(upstream: FakeUpstream, tmp_path: Path) -> None:
-    file = tmp_path / "poem.txt"
-    file.write_text("Shall I compare thee to a summer's day? " * 100)
-    with shop_with(f"sqlite:///{file}") as shop:
-        result = run(shop.app, "usage")
-    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: ")
-    assert file.read_text().startswith("Shall I")
-
-
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01", "7", "d", "-7d", "\u0667d"])
 def test_a_time_that_is_none_is_refused_with_examples(when: str, upstream: FakeUpstream, file: str) -> None:
     with shop_with(file) as shop:
