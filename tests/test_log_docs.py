@@ -164,6 +164,7 @@ def test_the_warning_of_the_page_is_the_one_that_is_sent() -> None:
 
 def test_the_sizes_and_times_of_the_page_are_the_code_s() -> None:
     assert f"at most {2 * log.GATHER * 1000:.0f} ms or {sheet.FULL >> 10} KiB behind" in RESUME
+    assert f"takes more than {sheet.HOLD * 1000:.0f} ms" in RESUME
     assert f"away for {log.OLDEST:.0f} s, or {sheet.MOST >> 20} MiB of an answer ({log.MOST_OF_ALL >> 20} MiB" in RESUME
     assert f"within STREAMCHAT_LEASE and {Settings().lease / log.BEATS:.0f} s its readers" in RESUME
     assert f"`./serve` sets {ON_DISCONNECT} seconds" in RESUME
