@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import asdict
 
 from .answer import Answer
 from .errors import BudgetExhausted, InvalidRequest, StoreDown, TooManyStreams
 from .log import Log
 from .order import Order
+from .schema import ChatRequest
 from .settings import Settings
 from .store import Entry, Limits
 from .tally import CHARS_A_TOKEN, length_of
@@ -29,27 +31,28 @@ class Admission:
         self._settings = settings
         self._log = log
 
-    def admit(self, answer: Answer, chat: str | None, key: str | None) -> str:
-        """The answer's own id, or that of the one that the same key got before.
+    def admit(self, answer: Answer, asked: ChatRequest, key: str | None) -> str:
+        """Takes a slot. The answer's own id, or that of the one that the same key got before.
 
-        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch, InvalidRequest; StoreDown where a count or a key
-        cannot do without the store.
+        Raises Draining, Overloaded, TooManyStreams, BudgetExhausted, IdempotencyMismatch, InvalidRequest; StoreDown
+        where a count or a key cannot do without the store.
         """
-        order = answer.order
-        if self._log is None:
-            _refuse_key(key)
-            return order.id
+        log, order = self._log, answer.order
+        _check_key(key, log is not None)
         needed = key is not None or (self._settings.tokens_per_day > 0 and order.user is not None)
-        if self._log.down and not needed:
+        if log is None or (log.down and not needed):
+            answer.admit()
             return order.id
+        answer.admit(counts_user=False)  # the log does: also for one whose key has an answer, which takes no stream
         try:
-            return self._admitted(self._log, answer, chat, key)
+            return self._admitted(log, answer, asked, key, needed)
         except StoreDown:
             if needed:
                 raise
+            answer.recount()
             return order.id
 
-    def _admitted(self, log: Log, answer: Answer, chat: str | None, key: str | None) -> str:
+    def _admitted(self, log: Log, answer: Answer, asked: ChatRequest, key: str | None, needed: bool) -> str:
         order, settings = answer.order, self._settings
         limits = Limits(settings.max_streams_per_user, settings.max_streams_in_all, settings.tokens_per_day)
 
@@ -60,20 +63,22 @@ class Admission:
                 order.user,
                 order.prompt.model,
                 answer.tally.created_at,
-                chat,
-                _checked(key),
-                _fingerprint(order) if key is not None else None,
+                asked.chat,
+                key,
+                _fingerprint(asked) if key is not None else None,
                 self._reserve(order),
             )
 
         try:
-            id, sheet = log.admit(entry, limits, answer.cancellation)
+            id, sheet = log.admit(entry, limits, answer.cancellation, needed)
         except TooManyStreams:
             raise TooManyStreams(retry_after=RETRY_AFTER) from None
         except BudgetExhausted:
             raise BudgetExhausted(retry_after=DAY - int(time.time()) % DAY) from None
         if sheet is not None:
             answer.keep(sheet)
+            if not sheet.admitted:
+                answer.recount()
         return id
 
     def _reserve(self, order: Order) -> int:
@@ -86,19 +91,16 @@ class Admission:
         return -(-asked // CHARS_A_TOKEN) + longest * int(params.get("n") or 1)
 
 
-def _refuse_key(key: str | None) -> None:
-    """Ignored, it would promise what nobody keeps: a second request would be a second answer, and paid for."""
-    if key is not None:
+def _check_key(key: str | None, is_kept: bool) -> None:
+    """Ignored, a key would promise what nobody keeps: a second request would be a second answer, and paid for."""
+    if key is None:
+        return
+    if not is_kept:
         raise InvalidRequest("The header Idempotency-Key needs a response log: STREAMCHAT_STORE_URL turns it on.")
-
-
-def _checked(key: str | None) -> str | None:
-    if key is not None and not 0 < len(key) <= KEY_CHARS:
+    if not 0 < len(key) <= KEY_CHARS:
         raise InvalidRequest(f"The header Idempotency-Key must have 1 to {KEY_CHARS} characters.")
-    return key
 
 
-def _fingerprint(order: Order) -> str:
-    """Of what is asked, however its JSON was written."""
-    asked = [list(order.prompt.messages), order.prompt.model, order.prompt.params]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+def _fingerprint(asked: ChatRequest) -> str:
+    """Of what the caller sent, however its JSON was written; what a shop makes of it may differ each time."""
+    return hashlib.sha256(json.dumps(asdict(asked), sort_keys=True, default=str).encode()).hexdigest()

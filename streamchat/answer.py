@@ -28,7 +28,6 @@ from .tally import Tally
 
 class Answer:
     """Owns the upstream's reply, the watch on the caller and the slot; `release` gives all back, once.
-
     An answer that outlives its caller goes on in a helper, which then is the one that closes it.
     """
 
@@ -53,8 +52,9 @@ class Answer:
         self.alone_since = 0.0  # monotonic: when the caller left an answer that goes on
         self._sheet: Sheet | None = None
         self._error: StreamChatError | None = None
-        self._goes_on = False
-        self._warned = False
+        self._goes_on = self._released = False
+        self._warned = False  # that the answer cannot be resumed; or nobody was told that it could
+        self._ends_in_log = True
         self._settings = settings
         self._encoder = encoder
         self._live = live
@@ -62,23 +62,28 @@ class Answer:
         self._told = told
         self._source: Source | None = None
         self._caller_fd = caller.fileno()
-        self._released = False
         self._recorded = threading.Lock()  # taken by the one who records, never given back
         self._seq = 0
         self._pull = Pull(loop, settings, self.tally)
 
-    def admit(self) -> None:
-        """Takes a slot. Raises Draining or Overloaded; from then on there is a record, whatever happens."""
-        self._live.admit(self)
+    def admit(self, counts_user: bool = True) -> None:
+        """Takes a slot. Raises Draining, Overloaded or TooManyStreams; from then on there is a record."""
+        self._live.admit(self, counts_user)
+
+    def recount(self) -> None:
+        """Raises TooManyStreams where the log, which should have counted the user's streams, could not."""
+        self._live.recount(self)
 
     def withdraw(self) -> None:
         """Gives the slot back: there will be no answer, and no record."""
         self._recorded.acquire(blocking=False)
+        if self._sheet is not None:
+            self._conclude(Interrupted(), 0)
         self.release()
 
     def keep(self, sheet: Sheet) -> None:
         """From now on every event is written to the log."""
-        self._sheet = sheet
+        self._sheet, self._warned = sheet, sheet.lost
 
     @property
     def survives(self) -> bool:
@@ -195,10 +200,8 @@ class Answer:
         """The first bytes, or why there are none: returned, so that it is raised without what lies under it."""
         try:
             return next(pieces), None
-        except StreamChatError as error:
-            return b"", error
         except Exception as error:
-            return b"", broken(self.order.id, error)
+            return b"", error if isinstance(error, StreamChatError) else broken(self.order.id, error)
 
     def _fail(self, error: StreamChatError) -> Iterator[bytes]:
         self._end(error)
@@ -237,7 +240,7 @@ class Answer:
         seq = self._seq
         event = self._note(event)
         warning = b""
-        if isinstance(event, Finish) and self._sheet is not None and not self._sheet.is_written(HOLD):
+        if isinstance(event, Finish) and not self._ends_in_log and not self._warned:
             warning = self._warning("The log does not have the end of this answer yet.")
         return warning + self._encoder.encode(seq, event)
 
@@ -248,7 +251,7 @@ class Answer:
         self._seq += 1
         if self._sheet is not None:
             if isinstance(event, Finish):
-                self._sheet.end(event, ending_of(self._record(), event))
+                self._ends_in_log = self._sheet.end(event, ending_of(self._record(), event), HOLD)
             else:
                 self._sheet.append(event)
         return event
@@ -266,8 +269,7 @@ class Answer:
         """Has the failure logged with the final state; waits for that at most `hold` seconds."""
         failure = failure_of(error, self.order.words)
         if self._sheet is not None and self._sheet.ending is None:
-            self._sheet.end(failure, ending_of(self._record(), failure))
-            self._sheet.is_written(hold)
+            self._sheet.end(failure, ending_of(self._record(), failure), hold)
         return failure
 
     def _record(self) -> Record:

@@ -24,8 +24,9 @@ def failure_of(error: StreamChatError, words: Callable[[StreamChatError], str]) 
 
 
 def _kinds(base: type[StreamChatError]) -> dict[str, type[StreamChatError]]:
+    """By code; the deeper class says more of what two share: UpstreamFailure is no retryable one, UpstreamError is."""
     kinds = {kind.code: kind for kind in base.__subclasses__()}
-    return {code: deeper for kind in base.__subclasses__() for code, deeper in _kinds(kind).items()} | kinds
+    return kinds | {code: deeper for kind in base.__subclasses__() for code, deeper in _kinds(kind).items()}
 
 
 KINDS = _kinds(StreamChatError)

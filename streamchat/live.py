@@ -71,18 +71,26 @@ class Live:
     def __len__(self) -> int:
         return len(self._running)
 
-    def admit(self, answer: Running) -> None:
-        """Gives the answer its slot. Raises Draining, Overloaded or TooManyStreams at once."""
+    def admit(self, answer: Running, counts_user: bool = True) -> None:
+        """Gives the answer its slot. Raises Draining, Overloaded or TooManyStreams at once.
+
+        Without `counts_user` somebody else holds the user to the limit: the log, which knows other workers' answers.
+        """
         if self.draining:
             raise Draining(retry_after=RETRY_AFTER)
         with self._lock:
             if len(self._running) >= self.most:
                 raise Overloaded(retry_after=RETRY_AFTER)
             if answer.user is not None:
-                if 0 < self._most_of_user <= self._users[answer.user]:
+                if counts_user and 0 < self._most_of_user <= self._users[answer.user]:
                     raise TooManyStreams(retry_after=RETRY_AFTER)
                 self._users[answer.user] += 1
             self._running.add(answer)
+
+    def recount(self, answer: Running) -> None:
+        """Raises TooManyStreams where the answer, which has its slot, is one too many of its user here."""
+        if answer.user is not None and 0 < self._most_of_user < self._users[answer.user]:
+            raise TooManyStreams(retry_after=RETRY_AFTER)
 
     def leave(self, answer: Running) -> None:
         """Frees the slot. Idempotent."""

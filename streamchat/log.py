@@ -8,24 +8,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from .bookkeeping import LAST_EVENT, orphan_ending
 from .cancellation import Cancellation
 from .errors import Cancelled, LeaseLost, StoreDown
-from .loop import NEVER, Loop
+from .lease import Lease
+from .loop import Loop
 from .sheet import Sheet
-from .store import Entry, Limits, Store
+from .store import LIVE, Entry, Kept, Limits, Store
 from .tail import Tail, Tails
 
 logger = logging.getLogger("streamchat")
 
 GATHER = 0.05  # seconds: half of what the log may be behind the caller
 AGAIN = 0.1  # seconds until the store is asked again after it failed
-OLDEST = 5.0  # seconds that an event may wait for the store
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction
-BEATS = 3  # renewals in the time of a lease
-PRUNE_EVERY = 60.0  # seconds
+MOST_ABANDONED = 1000  # answers that a silent store may have, and whose end is still to be told
+PRUNE_AFTER = 5.0  # seconds after the first answer, which has other things to do
+PRUNE_EVERY = 60.0  # seconds from the end of one to the next
+CLOSE_WITHIN = 2.5  # seconds: more than the 2 in which a store answers
 
 
 class Log:
@@ -34,64 +37,104 @@ class Log:
     def __init__(self, store: Store, loop: Loop, lease: float, prune: Callable[[], object] = lambda: None) -> None:
         self.store = store
         self._prune = prune
-        self._prune_at = 0.0  # monotonic
-        self.down = False  # the store did not answer the last time
         self.waiting_bytes = 0
         self.running: dict[str, Sheet] = {}
         self.tails = Tails(store, loop, self._cancelled)
         self._loop = loop
-        self._beat = lease / BEATS
-        self._owner: str | None = None
+        self._lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
         self._dirty: dict[Sheet, None] = {}
         self._news, self._hurry, self._stop = loop.bell(), loop.bell(), loop.bell()
-        self._lock = threading.Lock()  # of the first answer
-        self._works = False
+        self._counting = threading.RLock()  # reentrant: the collector may end an answer while it is held
+        self._tasks: list[threading.Event] = []  # set when they have ended
         self._closed = False
 
+    @property
+    def down(self) -> bool:
+        """Whether the store did not answer the last time."""
+        return self._lease.down
+
     def admit(
-        self, entry: Callable[[str], Entry], limits: Limits, cancellation: Cancellation
+        self, entry: Callable[[str], Entry], limits: Limits, cancellation: Cancellation, needed: bool
     ) -> tuple[str, Sheet | None]:
         """The answer's sheet; or the id of the one that the same Idempotency-Key got before.
 
-        Raises StoreDown, TooManyStreams, BudgetExhausted, IdempotencyMismatch.
+        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch; StoreDown where the admission is needed, or
+        where the store surely has nothing of it.
         """
         try:
-            owner, asked, id = self._admitted(entry, limits)
+            return self._admitted(entry, limits, cancellation, needed)
+        except LeaseLost:
+            return self._admitted(entry, limits, cancellation, needed)
+
+    def _admitted(
+        self, entry: Callable[[str], Entry], limits: Limits, cancellation: Cancellation, needed: bool
+    ) -> tuple[str, Sheet | None]:
+        owner = self._lease.held()
+        asked = entry(owner)
+        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended)
+        sheet.admitted = False
+        self.running[asked.id] = sheet  # now: once the store knows the answer, somebody may cancel it
+        try:
+            id = self.store.admit(asked, limits)
         except StoreDown:
-            self._fell()
+            self._lease.fell()
+            if needed:
+                self._abandon(sheet, asked)
+                raise
+            sheet.give_up()
+            return asked.id, sheet
+        except BaseException as error:
+            self.running.pop(asked.id, None)
+            if isinstance(error, LeaseLost):
+                self._lease.lose(owner)
             raise
-        if id != asked:
+        if id != asked.id:
+            self.running.pop(asked.id, None)
             return id, None
-        sheet = Sheet(id, owner, cancellation, self._note, self.store.unattended)
-        self.running[id] = sheet
+        sheet.admitted = True
+        if self._lease.owner != owner:  # lost meanwhile
+            self._end_with_lease(sheet)
         return id, sheet
 
-    def _admitted(self, entry: Callable[[str], Entry], limits: Limits) -> tuple[str, str, str]:
-        owner = self._begun()
-        try:
-            asked = entry(owner)
-            return owner, asked.id, self.store.admit(asked, limits)
-        except LeaseLost:
-            self._lose(owner)
-            owner = self._begun()
-            asked = entry(owner)
-            return owner, asked.id, self.store.admit(asked, limits)
+    def _abandon(self, sheet: Sheet, asked: Entry) -> None:
+        """The store may have the answer that it said nothing about: it is told the end, to give back slot and key."""
+        if len(self._dirty) < MOST_ABANDONED:
+            now = time.time()
+            sheet.end(LAST_EVENT, orphan_ending(asked.id, asked.user, asked.model, asked.created_at, now, 0, 0), 0)
+        else:
+            self.running.pop(sheet.id, None)
 
-    def _begun(self) -> str:
-        """The lease; the first call starts what works beside the answers."""
-        with self._lock:
-            if self._owner is None:
-                self._owner = self.store.take_lease()
-                self.down = False
-                self.tails.begin(self._owner)
-                for task in () if self._works else (self._write_on, self._keep):
-                    self._loop.spawn(task)
-                self._works = True
-            return self._owner
+    def _begin(self) -> None:
+        for task in (self._write_on, self._lease.keep, self._prune_on):
+            self._start(task)
+
+    def _start(self, task: Callable[[], None]) -> None:
+        ended = threading.Event()
+        self._tasks.append(ended)
+
+        def run() -> None:
+            try:
+                task()
+            finally:
+                ended.set()
+
+        self._loop.spawn(run)
+
+    def _prune_on(self) -> None:
+        """Has old answers forgotten, now and then: beside the lease, whose beats a large log must not hold up."""
+        self._stop.wait(time.monotonic() + PRUNE_AFTER)
+        while not self._closed:
+            try:
+                self._prune()
+            except StoreDown:
+                pass  # the next time is early enough
+            except Exception:  # a bug in a store: others still are to be forgotten
+                logger.exception("the response log failed")
+            self._stop.wait(time.monotonic() + PRUNE_EVERY)
 
     def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
         """Something of the sheet waits to be written, `size` bytes more than before."""
-        self.waiting_bytes += size
+        self._count(size)
         if self.waiting_bytes > MOST_OF_ALL:
             self._give_up(sheet)
         if sheet not in self._dirty:
@@ -100,38 +143,64 @@ class Log:
         if urgent:
             self._hurry.ring()
 
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self.waiting_bytes += size
+
     def _give_up(self, sheet: Sheet) -> None:
-        self.waiting_bytes -= sheet.give_up()
+        self._count(-sheet.give_up())
+
+    def _forget(self, sheet: Sheet) -> None:
+        self._give_up(sheet)
+        self.running.pop(sheet.id, None)
+        self._dirty.pop(sheet, None)
 
     def _write_on(self) -> None:
         while not self._closed:
-            if self._dirty or self._news.wait(time.monotonic() + self._beat):
+            if self._dirty or self._news.wait(time.monotonic() + self._lease.beat):
                 self._hurry.wait(time.monotonic() + GATHER)
-                if self._dirty and not self._closed:
-                    self._write_group()
+                self._write_group()
+        self._write_group()  # the process ends in order: what waits is written if the store takes it at once
 
     def _write_group(self) -> None:
-        sheets = self._group()
-        batches = [sheet.batch for sheet in sheets if sheet.batch is not None]
-        endings = [sheet.ending for sheet in sheets if sheet.ends_with_batch and sheet.ending is not None]
-        owner = self._owner
+        owner, sheets = self._lease.owner, self._group()
+        if owner is None or not sheets:
+            return
         try:
-            if owner is not None:
-                self.store.write(owner, batches, endings)
+            self._write(owner, sheets)
         except StoreDown:
-            self._fell()
+            self._lease.fell()
             self._expire()
             self._loop.pause(time.monotonic() + AGAIN)
         except LeaseLost:
-            self._lose(owner)
-        else:
-            self.down = False
+            self._lease.lose(owner)
+        except Exception:  # a bug: it may touch one answer, not all
             for sheet in sheets:
-                self._written(sheet)
+                self._write_alone(owner, sheet)
+
+    def _write(self, owner: str, sheets: Sequence[Sheet]) -> None:
+        batches = [sheet.batch for sheet in sheets]
+        endings = [sheet.ending for sheet in sheets if sheet.ends_with_batch]
+        self.store.write(owner, [each for each in batches if each], [each for each in endings if each])
+        self._lease.down = False
+        for sheet in sheets:
+            self._written(sheet)
+
+    def _write_alone(self, owner: str, sheet: Sheet) -> None:
+        try:
+            self._write(owner, [sheet])
+        except (StoreDown, LeaseLost):
+            return  # the next group meets it again
+        except Exception:
+            logger.exception("the response log cannot keep answer %s", sheet.id)
+            self._forget(sheet)
 
     def _group(self) -> list[Sheet]:
-        sheets, size = [], 0
+        owner, sheets, size = self._lease.owner, list[Sheet](), 0
         for sheet in list(self._dirty):
+            if sheet.owner != owner:
+                self._end_with_lease(sheet)
+                continue
             size += sheet.take()
             sheets.append(sheet)
             if size > MOST_OF_GROUP:
@@ -140,71 +209,39 @@ class Log:
 
     def _written(self, sheet: Sheet) -> None:
         self._dirty.pop(sheet, None)
-        self.waiting_bytes -= sheet.confirm()
+        self._count(-sheet.confirm())
         if sheet.over:
             self.running.pop(sheet.id, None)
         elif sheet.waits:
             self._dirty[sheet] = None
 
     def _expire(self) -> None:
-        before = time.monotonic() - OLDEST
+        now = time.monotonic()
         for sheet in list(self._dirty):
-            if sheet.since and sheet.since < before:
+            if sheet.is_late(now):
                 self._give_up(sheet)
 
-    def _fell(self) -> None:
-        if not self.down:
-            self.down = True
-            logger.warning("the response log does not answer: answers go on without it")
-
-    def _keep(self) -> None:
-        """Renews the lease, ends what dead processes left, and has old answers forgotten."""
-        while not self._stop.wait(time.monotonic() + self._beat):
-            owner = self._owner
-            try:
-                if owner is not None:
-                    self.store.renew(owner)
-                    self.down = False
-                    self.store.reap()
-                    self._begin_pruning()
-            except StoreDown:
-                self._fell()
-            except LeaseLost:
-                self._lose(owner)
-            except Exception:  # a bug in a store: the lease must go on
-                logger.exception("the response log failed")
-
-    def _begin_pruning(self) -> None:
-        """Beside the beats, which a large log must not hold up; one at a time, a minute after the one before."""
-        if time.monotonic() >= self._prune_at:
-            self._prune_at = NEVER
-            self._loop.spawn(self._prune_once)
-
-    def _prune_once(self) -> None:
-        try:
-            self._prune()
-        except StoreDown:
-            pass  # the next minute is early enough
-        except Exception:
-            logger.exception("the response log failed")
-        finally:
-            self._prune_at = time.monotonic() + PRUNE_EVERY
-
-    def _lose(self, owner: str | None) -> None:
+    def _lost(self, owner: str) -> None:
         """Others have ended the answers of this lease: here they end too."""
-        with self._lock:
-            if self._owner == owner:
-                self._owner = None
-        for sheet in [sheet for sheet in self.running.values() if sheet.owner == owner]:
+        for sheet in [sheet for sheet in list(self.running.values()) if sheet.owner == owner]:
+            self._end_with_lease(sheet)
+
+    def _end_with_lease(self, sheet: Sheet) -> None:
+        self._forget(sheet)
+        if sheet.admitted:
             sheet.cancellation.cancel(LeaseLost())
-            self._give_up(sheet)
-            self.running.pop(sheet.id, None)
-            self._dirty.pop(sheet, None)
 
     def _cancelled(self, id: str) -> None:
         sheet = self.running.get(id)
         if sheet is not None:
             sheet.cancellation.cancel(Cancelled())
+
+    def find(self, id: str) -> Kept | None:
+        """Raises StoreDown."""
+        kept = self.store.find(id)
+        if kept is not None and kept.status in LIVE:
+            self._lease.held()  # whoever makes it may be dead: this process looks, too
+        return kept
 
     def cancel(self, id: str) -> None:
         """Stops an answer, here or wherever it is made. Raises StoreDown where it is not made here."""
@@ -215,23 +252,22 @@ class Log:
 
     def follow(self, id: str) -> Tail:
         """From now on, all events of an answer; what is written already stands in the store. Raises StoreDown."""
-        self._begun()
         sheet = self.running.get(id)
-        return self.tails.of_sheet(sheet) if sheet is not None else self.tails.of_store(id)
+        if sheet is not None:
+            return self.tails.of_sheet(sheet)
+        self._lease.held()
+        self.store.attend({id})
+        return self.tails.of_store(id)
 
     def close(self) -> None:
-        """The process ends in order: what waits is written if the store takes it at once."""
+        """The process ends in order."""
+        due = time.monotonic() + CLOSE_WITHIN
         self._closed = True
+        self._lease.stop()
         for bell in (self._news, self._hurry, self._stop):
             bell.ring()
-        owner, self._owner = self._owner, None
-        self.tails.close()
-        if owner is not None:
-            try:
-                self._owner = owner
-                if self._dirty:
-                    self._write_group()
-                self.store.give_up(owner)
-            except (StoreDown, LeaseLost):
-                logger.warning("the response log does not answer: its lease ends by itself")
+        for ended in self._tasks:
+            ended.wait(max(0.0, due - time.monotonic()))
+        self.tails.close(max(0.0, due - time.monotonic()))
+        self._lease.give_up()
         self.store.close()

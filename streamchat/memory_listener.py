@@ -25,6 +25,7 @@ class MemoryListener:
         self._wanted: set[str] = set()
         self._told: set[str] = set()
         self._batches: list[Batch] = []
+        self._closed = False
 
     def add(self, id: str) -> None:
         with self._changed:
@@ -41,7 +42,9 @@ class MemoryListener:
 
     def wait(self, seconds: float) -> tuple[list[Batch], list[str]]:
         with self._changed:
-            self._changed.wait_for(lambda: self._batches or self._stopped(self._owner) - self._told, seconds)
+            self._changed.wait_for(
+                lambda: self._closed or self._batches or self._stopped(self._owner) - self._told, seconds
+            )
             batches, self._batches = self._batches, []
             stopped = self._stopped(self._owner)
             new, self._told = stopped - self._told, stopped
@@ -49,4 +52,6 @@ class MemoryListener:
 
     def close(self) -> None:
         with self._changed:
+            self._closed = True
             self._listeners.discard(self)
+            self._changed.notify_all()

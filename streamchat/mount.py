@@ -144,9 +144,8 @@ class Mount:
             self._told,
             keep_text=hooks.on_finish is not None,
         )
-        answer.admit()
         try:
-            admitted = Admission(self.settings, process.log).admit(answer, asked.chat, key)
+            admitted = Admission(self.settings, process.log).admit(answer, asked, key)
         except BaseException:
             answer.withdraw()
             raise
@@ -172,7 +171,7 @@ class Mount:
 
     def find(self, id: str, user: str | None) -> Kept:
         """Raises NotFound where the user has no such answer, StoreDown."""
-        kept = self.log.store.find(id)
+        kept = self.log.find(id)
         if kept is None or kept.user != user:
             raise NotFound
         return kept
@@ -183,7 +182,7 @@ class Mount:
         if log is None or user is None:
             return None
         id = log.store.latest(user, chat)
-        return log.store.find(id) if id is not None else None
+        return log.find(id) if id is not None else None
 
     def release_before_wait(self) -> None:
         """Lets go what the request took from a pool: see `before_wait`."""

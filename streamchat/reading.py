@@ -15,11 +15,12 @@ from .dialects import OWN, UI, Dialect
 from .document import document
 from .encoders import Encoder, choose_encoder
 from .errors import InvalidRequest
+from .events import ENDS
 from .hangup import Caller
 from .mount import Mount
 from .replay import Replay
 from .responses import ANSWER, HEADERS, in_dialect, streamed
-from .store import LIVE, Kept
+from .store import LIVE, Kept, unpack
 
 RESUMABLE = {"X-Stream-Resumable": "?1"}  # RFC 9651 4.1.9: a structured field that is true
 CANCEL_SECONDS = 1.0  # how long a cancelled answer may take to end, wherever it is made
@@ -39,7 +40,7 @@ def response_stream(id: str) -> Response:
         encoder = choose_encoder(request.headers.get("Accept"))()
         after = _after()
         kept = mount.find(id, mount.user(request))
-        if kept.status not in LIVE and after == kept.next - 1:
+        if kept.status not in LIVE and after == kept.next - 1 and _is_end(mount, kept):
             return _nothing()
         return replayed(mount, kept, after, encoder)
 
@@ -78,7 +79,7 @@ def replayed(mount: Mount, kept: Kept, after: int, encoder: Encoder, headers: di
     caller = Caller.from_environ(request.environ)
     replay = Replay(
         kept,
-        after,
+        -1 if encoder.whole else after,
         mount.log,
         encoder,
         caller,
@@ -99,6 +100,12 @@ def _after() -> int:
     if given != "-1" and not (given.isdecimal() and given.isascii() and len(given) <= SEQ_DIGITS):
         raise InvalidRequest('"after" and Last-Event-ID must be the "seq" of an event, a whole number from 0.')
     return int(given)
+
+
+def _is_end(mount: Mount, kept: Kept) -> bool:
+    """Whether the last event that is kept is the answer's last: what was lost is no end."""
+    last = mount.log.store.read(kept.id, kept.next - 2)
+    return bool(last) and isinstance(unpack(last[-1].payload)[-1], ENDS)
 
 
 def _nothing() -> Response:

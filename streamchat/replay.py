@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 
 from .cancellation import Cancellation
 from .encoders import Encoder
-from .ending import error_of
-from .errors import CallerGone, CallerStalled, Gap, Interrupted, StreamChatError
+from .ending import broken, error_of
+from .errors import CallerGone, CallerStalled, Gap, Interrupted, StoreDown, StreamChatError
 from .events import ENDS, Event, Failure
 from .hangup import Caller
 from .live import Live
 from .log import Log
 from .loop import NEVER
 from .settings import Settings
-from .store import LIVE, Kept, unpack
+from .store import LIVE, Batch, Kept, unpack
 from .tail import Tail
 
 SLICE = 65_536  # bytes of one write
@@ -53,6 +53,9 @@ class Replay:
         self._encoder = encoder
         self._live = live
         self._heartbeat = settings.heartbeat if encoder.heartbeat else NEVER
+        # The opening waits for something to tell as long as that of a new answer.
+        self._due = NEVER if encoder.patient else self.started + settings.status_hold
+        self._look_at = self.started + LOOK
         self._words = words
         self._tail: Tail | None = None
         self._released = False
@@ -83,7 +86,7 @@ class Replay:
     def stream(self) -> Iterator[bytes]:
         """The bytes. The first next() returns b"" once the status is decided, or raises the StreamChatError."""
         try:
-            pieces = self._pieces()
+            pieces = self._told_whole()
             head = next(pieces, b"")
             yield b""
             self.caller.guard()
@@ -93,7 +96,10 @@ class Replay:
 
     def _told(self, head: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
         try:
+            self.writing_since = time.monotonic()
             yield head
+            self.writing_since = 0.0
+            head = b""  # a caller that reads nothing would keep it
             for piece in pieces:
                 self.writing_since = time.monotonic()
                 yield piece
@@ -107,6 +113,15 @@ class Replay:
         else:
             yield self._failed(failure)
             self.caller.settle()
+
+    def _told_whole(self) -> Iterator[bytes]:
+        """A fault of our own is an end like others."""
+        try:
+            yield from self._pieces()
+        except StreamChatError:
+            raise
+        except Exception as error:
+            raise broken(self.kept.id, error) from None
 
     def _failed(self, error: StreamChatError) -> bytes:
         return self._encoder.encode(self._next, Failure(error.code, self._words(error), error.retryable))
@@ -132,61 +147,85 @@ class Replay:
                 pending = b""
 
     def _news(self) -> Iterator[News | None]:
-        """Events in order, up to the last; None where a heartbeat is due."""
-        ended = False
-        for part in self._history():
-            yield part
-            ended = isinstance(part[-1][1], ENDS)
-        asked_again = False
-        while not ended:
-            news: News | None = self._wait()
-            if news and news[0][0] > self._next and not asked_again:
-                news, asked_again = [*self._read(), *news], True
-            elif news:
-                asked_again = False
-            told = self._in_order(news or [])
+        """Events in order, up to the last; None where a heartbeat is due. Raises Gap."""
+        for told in self._history():  # asked once the tail listens, so that nothing falls between the two
+            yield told
+            if isinstance(told[-1][1], ENDS):
+                return
+        while True:
+            news = self._wait()
+            told, beyond = self._in_order(news or [])
+            if beyond:
+                missing, beyond = self._in_order([*self._read(), *beyond], again=True)
+                told += missing
             if told or news is None:
+                self._due = time.monotonic() + self._heartbeat
                 yield told or None
-            ended = bool(told) and isinstance(told[-1][1], ENDS)
+            if told and isinstance(told[-1][1], ENDS):
+                return
+            if beyond:
+                raise Gap
 
     def _wait(self) -> News | None:
         """What came; None where a heartbeat is due. Raises the cancellation's reason, or Gap."""
-        due = time.monotonic() + self._heartbeat
         while self._tail is not None:
-            news = self._tail.take(min(due, time.monotonic() + LOOK))
+            news = self._tail.take(min(self._due, self._look_at))
             self.cancellation.check()
+            now = time.monotonic()
             if news:
+                self._look_at = now + LOOK
                 return news
-            if time.monotonic() >= due:
+            if now >= self._look_at:
+                self._look_at = now + LOOK
+                if self._has_ended():
+                    self._leave_tail()  # nobody will tell any more: what there is stands in the log
+                    return self._read()
+            if now >= self._due:
                 return None
-            found = self._log.store.find(self.kept.id)
-            if found is None or found.status not in LIVE:
-                self._leave_tail()  # nobody will tell any more: what there is stands in the log
-                return self._read()
         raise Gap
 
+    def _has_ended(self) -> bool:
+        if self.kept.id in self._log.running:
+            return False
+        try:
+            found = self._log.store.find(self.kept.id)
+        except StoreDown:
+            return False  # nobody knows; what is new is told once the store is back
+        return found is None or found.status not in LIVE
+
     def _history(self) -> Iterator[News]:
-        """What the log has, in slices. Asked once the tail listens, so that nothing falls between the two."""
-        news = self._read()
-        for start in range(0, len(news), MANY):
-            told = self._in_order(news[start : start + MANY])
-            if told:
+        """What the log has, some hundred events at a time. Raises Gap."""
+        told: News = []
+        for batch in self._log.store.read(self.kept.id, self._next - 1):
+            more, beyond = self._in_order(_unpacked(batch), again=True)
+            told += more
+            if told and (len(told) >= MANY or beyond):
                 yield told
+                told = []
+            if beyond:
+                raise Gap
+        if told:
+            yield told
 
     def _read(self) -> News:
-        batches = self._log.store.read(self.kept.id, self._next - 1)
-        return [(seq, event) for batch in batches for seq, event in enumerate(unpack(batch.payload), batch.first)]
+        return [told for batch in self._log.store.read(self.kept.id, self._next - 1) for told in _unpacked(batch)]
 
-    def _in_order(self, news: News) -> News:
-        """Those that follow each other from where the reader stands; an end is told wherever it stands."""
+    def _in_order(self, news: News, *, again: bool = False) -> tuple[News, News]:
+        """Those that follow each other from where the reader stands, up to an end; and those beyond a gap.
+
+        What is looked at `again` has its failure told, whatever stands before it: the answer is not whole anyway.
+        """
         told: News = []
-        for seq, event in news:
-            if seq > self._next and not isinstance(event, Failure):
-                raise Gap
-            if seq == self._next or (isinstance(event, Failure) and not told):
+        for place, (seq, event) in enumerate(news):
+            failed = isinstance(event, Failure)
+            if seq > self._next and not (failed and again):
+                return told, news[place:]
+            if seq == self._next or failed:
                 told.append((seq, event))
                 self._next = seq + 1
-        return told
+                if isinstance(event, ENDS):
+                    break
+        return told, []
 
     def release(self) -> None:
         if self._released:
@@ -204,3 +243,10 @@ class Replay:
     def close(self, error: StreamChatError | None = None) -> None:
         self.cancellation.cancel(error or Interrupted())
         self.release()
+
+
+def _unpacked(batch: Batch) -> News:
+    try:
+        return list(enumerate(unpack(batch.payload), batch.first))
+    except ValueError:
+        raise Gap from None

@@ -16,15 +16,21 @@ from .store import Batch, Ending, pack
 
 FULL = 32_768  # bytes: written at once
 MOST = 1 << 20  # bytes that wait; above it the answer is given up
+OLDEST = 5.0  # seconds that an event may wait for the store
 AN_EVENT = 64  # bytes that an event takes beside its text
+WIDE = 6  # bytes of a character that is not ASCII: it is packed as an escape
 HOLD = 0.05  # seconds that the end of an answer waits for the log
+REMOTE = 2.0  # seconds: other processes say once a second who is read there, busy ones later
 
 Note = Callable[["Sheet", int, bool], None]
 Tell = Callable[[int, Event], None]
 
 
 class Sheet:
-    """`lost`: what waited is given up, and the answer cannot be resumed. Its final state still is written."""
+    """`lost`: what waited is given up, and the answer cannot be resumed. Its final state still is written.
+
+    `admitted` is False where the store did not say whether it has the answer.
+    """
 
     def __init__(
         self, id: str, owner: str, cancellation: Cancellation, note: Note, unattended: Callable[[str], float]
@@ -34,7 +40,7 @@ class Sheet:
         self.cancellation = cancellation
         self.next = 0  # seq
         self.lost = False
-        self.since = 0.0  # monotonic: when the oldest of what waits came; 0.0 where nothing does
+        self.admitted = True
         self.batch: Batch | None = None  # on its way to the store
         self.ending: Ending | None = None
         self.ends_with_batch = False
@@ -42,10 +48,15 @@ class Sheet:
         self.readers: list[Tell] = []
         self._note = note
         self._unattended = unattended
+        self._lock = threading.Lock()  # threads append and take at once; nothing waits while it is held
         self._waiting: list[Event] = []
         self._taken: list[Event] = []
         self._size = 0
         self._taken_size = 0
+        self._since = 0.0  # monotonic: when the oldest of what waits came; 0.0 where nothing does
+        self._taken_since = 0.0
+        self._end_is_told = False
+        self._read_at = 0.0  # monotonic: when the last reader of this process left
         self._written = threading.Event()
 
     @property
@@ -53,72 +64,113 @@ class Sheet:
         """Whether there is something that the writer has not taken."""
         return bool(self._waiting) or (self.ending is not None and not self.over)
 
+    def is_late(self, now: float) -> bool:
+        """Whether the oldest of what the store does not have has waited too long for it."""
+        since = self._taken_since or self._since
+        return bool(since) and now - since > OLDEST
+
     def append(self, event: Event) -> None:
         """Called for each event, in the order of seq from 0."""
-        seq, self.next = self.next, self.next + 1
-        if not self.lost:
-            size = AN_EVENT + len(getattr(event, "text", ""))
-            self._size += size
-            self._waiting.append(event)
-            if not self.since:
-                self.since = time.monotonic()
-            if self._size > MOST:
-                size -= self.give_up()
-            self._note(self, size, self._size >= FULL)
-        for tell in self.readers:
+        self._tell(self._add(event, None), event)
+
+    def end(self, event: Finish | Failure, ending: Ending, hold: float) -> bool:
+        """The last event and the final state: written in one transaction, at once.
+
+        Waits for that at most `hold` seconds, and only then tells readers. Whether the whole answer is written.
+        """
+        seq = self._add(event, ending)
+        written = self._written.wait(hold) if hold else self._written.is_set()
+        self._end_is_told = True
+        self._tell(seq, event)
+        return written and not self.lost
+
+    def _add(self, event: Event, ending: Ending | None) -> int:
+        change = 0
+        with self._lock:
+            seq, self.next = self.next, self.next + 1
+            self.ending = ending or self.ending
+            if not self.lost:
+                change = _size(event)
+                now = time.monotonic()
+                self._size += change
+                self._waiting.append(event)
+                self._since = self._since or now
+                if self._size + self._taken_size > MOST or self.is_late(now):
+                    change -= self._give_up()
+            full = self._size >= FULL or ending is not None
+        if change or ending is not None:
+            self._note(self, change, full)
+        return seq
+
+    def _tell(self, seq: int, event: Event) -> None:
+        for tell in tuple(self.readers) if self.readers else ():
             tell(seq, event)
-
-    def end(self, event: Finish | Failure, ending: Ending) -> None:
-        """The last event and the final state: written in one transaction, at once."""
-        self.append(event)
-        self.ending = ending
-        self._note(self, 0, True)
-
-    def is_written(self, hold: float) -> bool:
-        """Whether all is, the ending too; waits for it at most `hold` seconds."""
-        return self._written.wait(hold) if hold else self._written.is_set()
 
     def take(self) -> int:
         """Makes a batch of what waits, unless one is on its way; its size."""
-        if self.batch is None:
-            count = len(self._waiting)
-            self._taken, self._taken_size = self._waiting[:count], self._size
+        with self._lock:
+            if self.batch is not None:
+                return self._taken_size
+            taken, self._waiting = self._waiting, []
+            first = self.next - len(taken)
+            self._taken, self._taken_size, self._size = taken, self._size, 0
+            self._taken_since, self._since = self._since, 0.0
             self.ends_with_batch = self.ending is not None
-            if count:
-                first = self.next - len(self._waiting)
-                self.batch = Batch(self.id, first, count, pack(self._taken))
-            del self._waiting[:count]
-            self._size -= self._taken_size
-        return self._taken_size
+            size = self._taken_size
+        if taken:
+            batch = Batch(self.id, first, len(taken), pack(taken))
+            with self._lock:
+                if self._taken is taken:  # it was not given up meanwhile
+                    self.batch = batch
+        return size
 
     def confirm(self) -> int:
         """The store has what was taken; its size."""
-        size, self._taken_size = self._taken_size, 0
-        self.batch, self._taken = None, []
-        self.since = time.monotonic() if self._waiting else 0.0
-        if self.ends_with_batch:
-            self.over = True
+        with self._lock:
+            size, self._taken_size = self._taken_size, 0
+            self.batch, self._taken, self._taken_since = None, [], 0.0
+            self.over = self.over or self.ends_with_batch
+        if self.over:
             self._written.set()
         return size
 
     def give_up(self) -> int:
         """Drops what waits; its size."""
+        with self._lock:
+            return self._give_up()
+
+    def _give_up(self) -> int:
         size = self._size + self._taken_size
         self.lost = True
-        self.batch, self._taken, self._size, self._taken_size, self.since = None, [], 0, 0, 0.0
-        self._waiting.clear()
+        self.batch, self._taken, self._waiting = None, [], []
+        self._size, self._taken_size, self._since, self._taken_since = 0, 0, 0.0, 0.0
         return size
+
+    def leave(self, tell: Tell) -> None:
+        """A reader of this process reads no longer."""
+        self.readers.remove(tell)
+        self._read_at = time.monotonic()
 
     def idle(self) -> float:
         """Seconds since anybody read along, in this process or another; infinity where nobody ever did."""
         if self.readers:
             return 0.0
+        here = time.monotonic() - self._read_at if self._read_at else float("inf")
         try:
-            return self._unattended(self.id)
+            return min(here, max(0.0, self._unattended(self.id) - REMOTE))
         except StoreDown:
             return 0.0  # nobody knows
 
     def unwritten(self) -> list[tuple[int, Event]]:
-        """What the store may not have yet, by seq."""
-        events = [*self._taken, *self._waiting]
-        return list(enumerate(events, self.next - len(events)))
+        """What the store may not have yet, by seq; the end only once it may be told."""
+        with self._lock:
+            events, after = [*self._taken, *self._waiting], self.next
+        told = list(enumerate(events, after - len(events)))
+        return told if self._end_is_told or self.ending is None else told[:-1]
+
+
+def _size(event: Event) -> int:
+    text = getattr(event, "text", "") or getattr(event, "arguments", "")
+    logprobs = getattr(event, "logprobs", None)
+    size = AN_EVENT + (len(text) if text.isascii() else WIDE * len(text))
+    return size if logprobs is None else size + len(str(logprobs))

@@ -6,9 +6,10 @@ Events come in the order of seq; what is missing or comes twice is for the reade
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from .errors import StoreDown
 from .events import Event
@@ -18,7 +19,7 @@ from .store import Batch, Listener, Store, unpack
 
 logger = logging.getLogger("streamchat")
 
-LISTEN = 1.0  # seconds of one wait for news
+LISTEN = 0.25  # seconds of one wait for news: what the end of the process waits at most
 AGAIN = 0.5  # seconds until the store is listened to again after it failed
 
 
@@ -53,13 +54,27 @@ class Tails:
         self._cancelled = cancelled
         self._listener: Listener | None = None
         self._following: dict[str, list[Tail]] = {}
+        # Threads come and go at once. The collector may end a reader while it is held: reentrant.
+        self._lock = threading.RLock()
         self._closed = False
+        self._silent = threading.Event()  # nobody listens any more
+
+    @property
+    def ids(self) -> set[str]:
+        """The answers of other processes that are read here."""
+        return set(self._following)
 
     def begin(self, owner: str) -> None:
         """Listens under this lease from now on. Raises StoreDown."""
-        old, self._listener = self._listener, self._store.listen(owner)
-        for id in self._following:
-            self._listener.add(id)
+        listener = self._store.listen(owner)
+        try:
+            with self._lock:
+                for id in self._following:
+                    listener.add(id)
+                old, self._listener = self._listener, listener
+        except BaseException:
+            listener.close()
+            raise
         if old is None:
             self._loop.spawn(self._listen)
         else:
@@ -67,51 +82,69 @@ class Tails:
 
     def of_sheet(self, sheet: Sheet) -> Tail:
         """Of an answer that is made here: from memory."""
-        tail = Tail(self._loop.bell(), lambda tail: sheet.readers.remove(tail.tell))
+        tail = Tail(self._loop.bell(), lambda tail: sheet.leave(tail.tell))
         sheet.readers.append(tail.tell)
         tail.news.extendleft(reversed(sheet.unwritten()))
         return tail
 
     def of_store(self, id: str) -> Tail:
+        """Of an answer that another process makes. Raises StoreDown."""
         tail = Tail(self._loop.bell(), lambda tail: self._drop(id, tail))
-        self._following.setdefault(id, []).append(tail)
-        if self._listener is not None:
-            self._listener.add(id)
+        with self._lock:
+            self._following.setdefault(id, []).append(tail)
+            listener = self._listener
+        try:
+            if listener is not None:
+                listener.add(id)
+        except BaseException:
+            tail.close()
+            raise
         return tail
 
     def _drop(self, id: str, tail: Tail) -> None:
-        tails = self._following.get(id, [])
-        if tail in tails:
-            tails.remove(tail)
-        if not tails and self._following.pop(id, None) is not None and self._listener is not None:
-            self._listener.drop(id)
+        with self._lock:  # the listener's part too: another reader may come, and must be the last who speaks
+            tails = self._following.get(id, [])
+            if tail in tails:
+                tails.remove(tail)
+            if not tails and self._following.pop(id, None) is not None and self._listener is not None:
+                self._listener.drop(id)
 
     def _listen(self) -> None:
         while not self._closed:
             listener = self._listener
             assert listener is not None
             try:
-                batches, cancelled = listener.wait(LISTEN)
+                self._hear(listener)
             except StoreDown:
                 self._loop.pause(time.monotonic() + AGAIN)
             except Exception:  # a bug in a store: others still are to hear
-                if not self._closed:
+                if listener is self._listener and not self._closed:
                     logger.exception("the response log failed")
                     self._loop.pause(time.monotonic() + AGAIN)
-            else:
-                self._tell(batches)
-                for id in cancelled:
-                    self._cancelled(id)
+        self._silent.set()
 
-    def _tell(self, batches: Sequence[Batch]) -> None:
+    def _hear(self, listener: Listener) -> None:
+        batches, cancelled = listener.wait(LISTEN)
+        for id in cancelled:
+            self._cancelled(id)
         for batch in batches:
-            tails = self._following.get(batch.id)
-            events = unpack(batch.payload) if tails else ()
-            for tail in tails or ():
-                tail.news.extend(enumerate(events, batch.first))
+            tails = tuple(self._following.get(batch.id, ()))
+            events = _events(batch) if tails else []
+            for tail in tails:
+                tail.news.extend(events)
                 tail.bell.ring()
 
-    def close(self) -> None:
+    def close(self, within: float) -> None:
+        """Nobody listens from then on, if the store lets go in time."""
         self._closed = True
         if self._listener is not None:
             self._listener.close()
+            self._silent.wait(within)
+
+
+def _events(batch: Batch) -> list[tuple[int, Event]]:
+    """None where they are not whole: readers see the gap."""
+    try:
+        return list(enumerate(unpack(batch.payload), batch.first))
+    except ValueError:
+        return []

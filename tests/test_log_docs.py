@@ -15,7 +15,7 @@ import pytest
 from flask import Flask
 
 from ops.serve import ON_DISCONNECT
-from streamchat import log, sheet
+from streamchat import lease, log, sheet
 from streamchat.encoders import SseEncoder
 from streamchat.settings import TABLE, Settings, key
 from streamchat.spending import table
@@ -165,6 +165,8 @@ def test_the_warning_of_the_page_is_the_one_that_is_sent() -> None:
 def test_the_sizes_and_times_of_the_page_are_the_code_s() -> None:
     assert f"at most {2 * log.GATHER * 1000:.0f} ms or {sheet.FULL >> 10} KiB behind" in RESUME
     assert f"takes more than {sheet.HOLD * 1000:.0f} ms" in RESUME
-    assert f"away for {log.OLDEST:.0f} s, or {sheet.MOST >> 20} MiB of an answer ({log.MOST_OF_ALL >> 20} MiB" in RESUME
-    assert f"within STREAMCHAT_LEASE and {Settings().lease / log.BEATS:.0f} s its readers" in RESUME
+    assert (
+        f"away for {sheet.OLDEST:.0f} s, or {sheet.MOST >> 20} MiB of an answer ({log.MOST_OF_ALL >> 20} MiB" in RESUME
+    )
+    assert f"within STREAMCHAT_LEASE and {Settings().lease / lease.BEATS:.0f} s its readers" in RESUME
     assert f"`./serve` sets {ON_DISCONNECT} seconds" in RESUME

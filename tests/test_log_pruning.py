@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -52,6 +53,11 @@ class Pruned:
             raise self.error
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "PRUNE_AFTER", 0.05)
+
+
 @pytest.fixture
 def store() -> Counting:
     return Counting()
@@ -67,7 +73,7 @@ def pruned() -> Iterator[Pruned]:
 def begun(store: MemoryStore, pruned: Pruned) -> Log:
     """A log that has had its first answer: it works from then on."""
     log = Log(store, ThreadLoop(), LEASE, pruned)
-    log.admit(lambda owner: Entry("resp_1", owner, None, "m", 0.0), Limits(), Cancellation())
+    log.admit(lambda owner: Entry("resp_1", owner, None, "m", 0.0), Limits(), Cancellation(), needed=True)
     return log
 
 
@@ -87,6 +93,17 @@ def test_it_comes_again_in_its_time(store: Counting, pruned: Pruned, monkeypatch
     monkeypatch.setattr(log_module, "PRUNE_EVERY", 0.01)
     with closing(begun(store, pruned)):
         wait_until(lambda: pruned.times >= 3, "nothing was pruned again")
+
+
+def test_a_log_that_closes_does_not_wait_for_the_next_one(
+    store: Counting, pruned: Pruned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "PRUNE_AFTER", 60.0)
+    log = begun(store, pruned)
+    began = time.monotonic()
+    log.close()
+    assert time.monotonic() - began < 1
+    assert pruned.times == 0
 
 
 def test_a_long_one_holds_up_no_beat_and_no_second_begins_beside_it(

@@ -1,0 +1,232 @@
+"""What becomes of a kept answer whose caller leaves: cancelled, finished, or kept for somebody who reads on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from streamchat.extension import follow_worker
+from tests.fake_upstream import (
+    FakeUpstream,
+    Gate,
+    Hang,
+    Repeat,
+    Step,
+    done,
+    finish,
+    head,
+    last_chunk,
+    text,
+    usage_chunk,
+)
+from tests.keeping import FaultyStore, expect_settled, get, get_bytes, keeping_shop, post
+from tests.shop import KEY, NDJSON, SSE, TEXT, Shop, call, post_bytes, read_until, serve, wait_until
+
+ANN = "X-User: ann\r\n"
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
+    with FakeUpstream() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield server
+
+
+class Scene:
+    """Two processes on one store; callers come to the first, `told` holds what its on_finish got."""
+
+    def __init__(self, here: Shop, there: Shop, port: int, other: int, store: FaultyStore) -> None:
+        self.here, self.there, self.port, self.other, self.store = here, there, port, other, store
+        self.told: list[str] = []
+
+    def leave(self, accept: str = NDJSON) -> str:
+        """A caller that reads the beginning and leaves; the answer's id."""
+        sock = call(self.port, post_bytes(accept=accept, extra=ANN))
+        seen = read_until(sock, b"Hel")
+        sock.close()
+        line = next(line for line in seen.split(b"\r\n") if line.startswith(b"X-Response-Id"))
+        return line.split()[1].decode()
+
+    def read(self, id: str, port: int) -> socket.socket:
+        return call(port, get_bytes(f"/responses/{id}/stream", NDJSON))
+
+    def object(self, id: str) -> dict[str, Any]:
+        told: dict[str, Any] = get(self.there, f"/responses/{id}").get_json()
+        return told
+
+    def end(self, outcome: str, status: str, id: str, text: str) -> None:
+        """There is one record, one on_finish, one final state."""
+        (record,) = self.here.wait_records(1, 10)
+        assert record.outcome == outcome
+        self.here.expect_nothing_held()
+        expect_settled(self.store)
+        told = self.object(id)
+        assert (told["status"], told["text"]) == (status, text)
+        assert self.told == [text]
+        assert len(self.here.records) == 1
+        log = self.here.mounts[0].process.log
+        assert log is not None
+        assert not log.running
+
+
+@contextlib.contextmanager
+def scene(monkeypatch: pytest.MonkeyPatch, on_disconnect: Any, **options: Any) -> Iterator[Scene]:
+    store, told = FaultyStore(), list[str]()
+    given = {"on_disconnect": on_disconnect, "on_finish": lambda _, text: told.append(text)} | options
+    with contextlib.ExitStack() as stack:
+        here, there = (stack.enter_context(keeping_shop(monkeypatch, store, **given)) for _ in range(2))
+        port, other = (stack.enter_context(serve(shop.app)) for shop in (here, there))
+        made = Scene(here, there, port, other, store)
+        made.told = told
+        yield made
+
+
+def gated() -> tuple[Gate, list[Step]]:
+    gate = Gate()
+    return gate, [head(), text("Hel"), gate, text("lo"), finish(), usage_chunk(19, 10), done(), last_chunk()]
+
+
+SILENT: list[Step] = [head(), text("Hel"), Hang()]
+
+
+def test_under_cancel_an_answer_ends_with_its_caller(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, "cancel") as made:
+        id = made.leave()
+        made.end("caller_left", "cancelled", id, "Hel")
+        upstream.requests[0].wait_left()
+        assert made.object(id)["error"]["code"] == "cancelled"
+        last = json.loads(get(made.there, f"/responses/{id}/stream", Accept=NDJSON).data.splitlines()[-1])
+        assert (last["type"], last["code"]) == ("error", "cancelled")
+
+
+@pytest.mark.parametrize("accept", [NDJSON, SSE, TEXT])
+def test_under_finish_an_answer_is_finished(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, accept: str
+) -> None:
+    gate, upstream.script = gated()
+    with scene(monkeypatch, "finish") as made:
+        id = made.leave(accept)
+        wait_until(lambda: made.here.mounts[0].process.live.hangups._watched == {}, "nobody noticed")
+        assert len(made.here.mounts[0].process.live) == 1
+        gate.open()
+        made.end("completed", "completed", id, "Hello")
+
+
+def test_readers_here_and_elsewhere_see_the_rest(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, upstream.script = gated()
+    with scene(monkeypatch, "finish") as made:
+        id = made.leave()
+        readers = [made.read(id, port) for port in (made.port, made.other)]
+        for sock in readers:
+            read_until(sock, b"Hel")
+        gate.open()
+        for sock in readers:
+            assert b'"finish_reason":"stop"' in read_until(sock, b"0\r\n\r\n")
+            sock.close()
+        made.end("completed", "completed", id, "Hello")
+
+
+def test_a_caller_that_stops_reading_does_not_stop_an_answer_that_shall_finish(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece = "x" * 10_000
+    upstream.script = [head(), Repeat(text(piece), 1000), finish(), usage_chunk(19, 10), done(), last_chunk()]
+    with scene(monkeypatch, "finish", write_timeout=1) as made:
+        with call(made.port, post_bytes(accept=TEXT, extra=ANN)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            (record,) = made.here.wait_records(1, 20)
+        assert record.outcome == "completed"
+        made.here.expect_nothing_held()
+        assert [len(text) for text in made.told] == [10_000_000]
+    expect_settled(made.store)
+
+
+@pytest.mark.parametrize("by", ["here", "there"])
+def test_cancelling_wins_over_finish(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, "finish") as made:
+        id = made.leave()
+        post(getattr(made, by), f"/responses/{id}/cancel")
+        made.end("cancelled", "cancelled", id, "Hel")
+        upstream.requests[0].wait_left()
+
+
+def test_the_end_of_a_worker_ends_those_that_outlived_their_callers(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, "finish") as made:
+        id = made.leave()
+        follow_worker(made.here.app, lambda: True, 900, 0.1)
+        made.end("draining", "failed", id, "Hel")
+        assert made.object(id)["error"]["code"] == "draining"
+
+
+def test_a_lost_lease_ends_an_answer_that_outlived_its_caller(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, "finish", lease=0.6) as made:
+        id = made.leave()
+        wait_until(lambda: made.object(id)["text"] == "Hel", "it is not kept")
+        made.store.lose_leases()
+        made.end("interrupted", "failed", id, "Hel")
+        upstream.script = [head(), text("new"), finish(), done(), last_chunk()]
+        with call(made.port, post_bytes(accept=NDJSON, extra=ANN)) as sock:
+            assert b'"finish"' in read_until(sock, b"0\r\n\r\n")
+    expect_settled(made.store)
+
+
+# --- a time to come back in
+
+
+def test_nobody_comes_back_in_time(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, 1.0) as made:
+        begun = time.monotonic()
+        id = made.leave()
+        made.end("caller_left", "cancelled", id, "Hel")
+        assert 0.9 < time.monotonic() - begun < 5
+        upstream.requests[0].wait_left()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes say more often who is read there, and are believed for a shorter time."""
+    monkeypatch.setattr("streamchat.lease.ATTEND", 0.2)
+    monkeypatch.setattr("streamchat.sheet.REMOTE", 0.5)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["port", "other"])
+def test_an_answer_that_is_read_on_goes_on(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    gate, upstream.script = gated()
+    with scene(monkeypatch, 0.5) as made:
+        id = made.leave()
+        with made.read(id, getattr(made, where)) as sock:
+            read_until(sock, b"Hel")
+            time.sleep(2.2)  # two sweeps: more than the time to come back in, and what another process may be late
+            gate.open()
+            assert b'"finish_reason":"stop"' in read_until(sock, b"0\r\n\r\n")
+        made.end("completed", "completed", id, "Hello")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["port", "other"])
+def test_an_answer_whose_last_reader_left_is_cancelled(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, 0.5) as made:
+        id = made.leave()
+        with made.read(id, getattr(made, where)) as sock:
+            read_until(sock, b"Hel")
+        made.end("caller_left", "cancelled", id, "Hel")

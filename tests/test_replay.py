@@ -1,0 +1,339 @@
+"""One reader of one answer: each event once and in order, from any event on; what is missing is an error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamchat.encoders import ENCODERS
+from streamchat.errors import Gap, Interrupted, StoreDown, StreamChatError
+from streamchat.events import Event, Failure, Finish, Start, Text
+from streamchat.hangup import Caller
+from streamchat.live import Live
+from streamchat.log import Log
+from streamchat.loop import choose_loop
+from streamchat.order import detail_of
+from streamchat.replay import SLICE, Replay
+from streamchat.settings import Settings
+from streamchat.store import Batch, Limits, pack
+from tests.keeping import FaultyStore
+from tests.shop import NDJSON, TEXT, events_of
+from tests.store_contract import batch, ending, entry
+from tests.test_log import FINISH, Made
+
+
+class Reading:
+    """A process that reads, and a producer that a test writes for."""
+
+    def __init__(self, **options: Any) -> None:
+        self.faulty = FaultyStore()
+        self.store = self.faulty.memory
+        self.log = Log(self.faulty.store, choose_loop(), 15)
+        self.live = Live(choose_loop(), 100, 30, 60, lambda: None)
+        self.settings = Settings(public=True, **({"heartbeat": 60.0, "status_hold": 60.0} | options))
+        self.owner = self.store.take_lease()
+
+    def answer(self) -> str:
+        self.entry = entry(self.owner)
+        self.store.admit(self.entry, Limits())
+        return self.entry.id
+
+    def write(self, first: int, *events: Event) -> None:
+        """As a producer elsewhere does; with the final state where the last event ends."""
+        ends = [ending(self.entry)] if isinstance(events[-1], Finish) else []
+        self.store.write(self.owner, [batch(self.entry.id, first, *events)], ends)
+
+    def replay(self, id: str, after: int = -1, accept: str = NDJSON, log: Log | None = None) -> Replay:
+        kept = self.store.find(id)
+        assert kept is not None
+        made = Replay(kept, after, log or self.log, ENCODERS[accept](), Caller(), self.live, self.settings, detail_of)
+        made.begin()
+        return made
+
+    def close(self) -> None:
+        self.faulty.rise()
+        assert len(self.live) == 0
+        assert self.log.tails.ids == set()
+        self.log.close()
+        self.live.close()
+
+
+@pytest.fixture
+def reading() -> Iterator[Reading]:
+    made = Reading()
+    yield made
+    made.close()
+
+
+def told(replay: Replay) -> list[tuple[int, str]]:
+    """Seq and text or type of each event."""
+    events = events_of(NDJSON, b"".join(replay.stream()))
+    return [(event["seq"], event.get("text", event.get("code", event["type"]))) for event in events]
+
+
+A, B, C, D = (Text(each) for each in "abcd")
+
+
+def test_events_that_are_missing_are_read_again(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    stream = replay.stream()
+    assert b"".join(next(stream) for _ in range(2)).count(b'"a"') == 1
+    (listener,) = reading.store._listeners
+    listener.drop(id)
+    reading.write(1, B)
+    listener.add(id)
+    reading.write(2, C)
+    reading.write(3, FINISH)
+    rest = events_of(NDJSON, b"".join(stream))
+    assert [event["seq"] for event in rest] == [1, 2, 3]
+
+
+def test_a_gap_between_two_pieces_of_news_is_read_again_too(reading: Reading) -> None:
+    id = reading.answer()
+    replay = reading.replay(id)
+    (listener,) = reading.store._listeners
+    assert replay._tail is not None
+    reading.write(0, A, B)
+    reading.write(2, C, FINISH)
+    listener.drop(id)
+    replay._tail.news.clear()
+    replay._tail.news.extend([(0, A), (2, C), (3, FINISH)])
+    reading.faulty.before["read"] = lambda: reading.faulty.before.pop("read")
+    history = replay._log.store.read
+    calls: list[int] = []
+
+    def empty_first(id: str, after: int) -> list[Batch]:
+        calls.append(after)
+        return [] if len(calls) == 1 else history(id, after)
+
+    reading.faulty.read = empty_first  # type: ignore[attr-defined]
+    assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "finish")]
+    assert calls == [-1, 0]
+
+
+def test_what_is_missing_for_good_is_a_gap(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    reading.write(2, C, FINISH)
+    assert told(replay) == [(0, "a"), (1, "gap")]
+    assert told(reading.replay(id)) == [(0, "a"), (1, "gap")]
+
+
+def test_a_kept_end_that_is_missing_is_a_gap(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    reading.store.write(reading.owner, [], [ending(reading.entry)])
+    assert told(reading.replay(id)) == [(0, "a"), (1, "gap")]
+
+
+def test_what_is_half_written_is_a_gap(reading: Reading) -> None:
+    id = reading.answer()
+    reading.store.write(reading.owner, [Batch(id, 0, 2, pack([A, B])[:-3])], [])
+    with pytest.raises(Gap):
+        told(reading.replay(id))
+
+
+def test_a_failure_is_told_wherever_it_stands(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A, B)
+    replay = reading.replay(id, after=5)
+    reading.write(2, Failure("interrupted", "w", True))
+    assert told(replay) == [(2, "interrupted")]
+
+
+def test_a_failure_behind_what_a_reader_missed_is_told_after_that(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    stream = replay.stream()
+    next(stream), next(stream)
+    (listener,) = reading.store._listeners
+    listener.drop(id)
+    reading.write(1, B, C)
+    listener.add(id)
+    reading.write(3, Failure("interrupted", "w", True))
+    assert [event["seq"] for event in events_of(NDJSON, b"".join(stream))] == [1, 2, 3]
+
+
+def test_a_reader_of_another_process_survives_a_store_that_is_silent(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamchat.replay.LOOK", 0.05)
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    stream = replay.stream()
+    seen = next(stream) + next(stream)
+    reading.faulty.fall("find")
+    timer = threading.Timer(0.3, lambda: reading.write(1, FINISH))
+    timer.start()
+    seen += b"".join(stream)
+    timer.join()
+    assert [event["seq"] for event in events_of(NDJSON, seen)] == [0, 1]
+    assert reading.faulty.calls.count("find") > 1
+
+
+def test_heartbeats_do_not_keep_a_reader_from_seeing_that_the_answer_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streamchat.replay.LOOK", 0.2)
+    reading = Reading(heartbeat=0.05, status_hold=0.05)
+    id = reading.answer()
+    replay = reading.replay(id)
+    (listener,) = reading.store._listeners
+    listener.drop(id)
+    reading.write(0, A, FINISH)
+    reading.faulty.read = lambda id, after: []  # type: ignore[attr-defined]
+    stream = replay.stream()
+    seen = next(stream) + next(stream)
+    assert b"heartbeat" in seen
+    del reading.faulty.read
+    assert [event["seq"] for event in events_of(NDJSON, seen + b"".join(stream))] == [0, 1]
+    reading.close()
+
+
+def test_a_reader_that_comes_while_the_store_is_silent_is_refused_and_holds_nothing(reading: Reading) -> None:
+    id = reading.answer()
+    reading.log.find(id)
+    reading.faulty.fall("attend")
+    with pytest.raises(StoreDown):
+        reading.replay(id)
+    reading.faulty.rise()
+    replay = reading.replay(id)
+    reading.faulty.fall("read")
+    with pytest.raises(StoreDown):
+        next(replay.stream())
+
+
+def test_text_of_a_failure_raises_what_it_was(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, Start(id, "m", 1), Failure("upstream_error", "words", True))
+    with pytest.raises(StreamChatError) as caught:
+        next(reading.replay(id, accept=TEXT).stream())
+    assert (caught.value.status, caught.value.code, caught.value.detail, caught.value.retryable) == (
+        502,
+        "upstream_error",
+        "words",
+        True,
+    )
+
+
+def test_text_that_was_begun_breaks_off(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A, Failure("upstream_error", "words", True))
+    stream = reading.replay(id, accept=TEXT).stream()
+    assert next(stream) + next(stream) == b"a"
+    with pytest.raises(ConnectionResetError):
+        next(stream)
+
+
+def test_a_long_answer_is_told_in_slices_by_one_question(reading: Reading) -> None:
+    id = reading.answer()
+    for first in range(0, 10_000, 100):
+        reading.write(first, *(Text("x" * 20) for _ in range(100)))
+    reading.write(10_000, FINISH)
+    replay = reading.replay(id)
+    pieces = list(replay.stream())
+    assert sum(piece.count(b"\n") for piece in pieces) == 10_001
+    assert max(map(len, pieces)) < SLICE + 1000
+    assert len(pieces) < 40
+    assert reading.faulty.calls.count("read") == 1
+
+
+def test_a_reader_that_is_closed_ends_and_holds_nothing(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    stream = replay.stream()
+    next(stream), next(stream)
+    closer = threading.Timer(0.05, replay.close)
+    closer.start()
+    assert b'"interrupted"' in b"".join(stream)
+    replay.close()
+    closer.join()
+    assert isinstance(replay.cancellation.error, Interrupted)
+
+
+def test_a_write_that_hangs_is_seen_by_the_sweep(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A)
+    replay = reading.replay(id)
+    stream = replay.stream()
+    next(stream)
+    next(stream)
+    assert time.monotonic() - replay.writing_since < 5
+    reading.write(1, FINISH)
+    next(stream)
+    assert replay.writing_since > 0
+    assert list(stream) == []
+    assert replay.writing_since == 0
+
+
+pieces = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5), min_size=1, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(pieces, st.lists(st.integers(0, 4), max_size=6), st.booleans(), st.data())
+def test_a_reader_that_is_cut_again_and_again_assembles_the_same_text(
+    said: Sequence[str], cuts: Sequence[int], elsewhere: bool, data: st.DataObject
+) -> None:
+    reading = Reading()
+    producer = Log(reading.faulty.store, choose_loop(), 15)
+    try:
+        made = Made(producer)
+        assert made.sheet is not None
+        pauses = iter(data.draw(st.lists(st.sampled_from([0, 0, 0.002, 0.06]), min_size=len(said), max_size=len(said))))
+
+        def produce() -> None:
+            for piece in said:
+                time.sleep(next(pauses))
+                made.say(Text(piece))
+            made.end()
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        read: list[dict[str, Any]] = []
+        for cut in [*cuts, 10_000]:
+            if read and read[-1]["type"] == "finish":
+                break
+            stream = reading.replay(made.id, len(read) - 1, log=reading.log if elsewhere else producer).stream()
+            body = b""
+            for piece in stream:
+                body += piece
+                if body.count(b"\n") >= max(cut, 1):
+                    break
+            stream.close()  # type: ignore[attr-defined]
+            read += events_of(NDJSON, body)[: cut or 10_000]
+        thread.join()
+        assert [event["seq"] for event in read] == list(range(len(said) + 1))
+        assert "".join(event.get("text", "") for event in read) == "".join(said)
+    finally:
+        producer.close()
+        reading.close()
+
+
+def test_an_answer_given_up_is_a_gap_for_who_comes_later_and_none_for_who_was_there(reading: Reading) -> None:
+    made = Made(reading.log)
+    made.say(A)
+    replay = reading.replay(made.id)
+    reading.faulty.fall("write")
+    made.say(B)
+    assert made.sheet is not None
+    made.sheet.give_up()
+    made.say(C)
+    late = reading.replay(made.id)
+    made.say(D)
+    reading.faulty.rise()
+    made.end()
+    assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "finish")]
+    assert told(late)[-1][1] == "gap" if late.kept.next else True
+    late.close()

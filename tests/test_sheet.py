@@ -1,0 +1,217 @@
+"""One answer's part of the log: what is taken, confirmed and given up, and what its readers are told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from streamchat import sheet as module
+from streamchat.cancellation import Cancellation
+from streamchat.errors import StoreDown
+from streamchat.events import Event, Finish, Start, Text, ToolCall
+from streamchat.sheet import AN_EVENT, FULL, Sheet
+from streamchat.store import Batch, Ending, unpack
+from tests.store_contract import ending, entry
+
+FINISH = Finish("stop")
+
+
+class Desk:
+    """A sheet, and what it says of itself."""
+
+    def __init__(self, unattended: Callable[[str], float] = lambda _: float("inf")) -> None:
+        self.size = 0
+        self.urgent = False
+        self.sheet = Sheet("resp_1", "owner", Cancellation(), self._note, unattended)
+
+    def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
+        self.size += size
+        self.urgent = self.urgent or urgent
+
+    def end(self) -> Ending:
+        made = ending(entry("owner", id="resp_1"))
+        self.sheet.end(FINISH, made, 0)
+        return made
+
+
+def read(batch: Batch | None) -> list[tuple[int, Event]]:
+    assert batch is not None
+    events = unpack(batch.payload)
+    assert len(events) == batch.count
+    return list(enumerate(events, batch.first))
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def test_what_waits_becomes_one_batch(desk: Desk) -> None:
+    for event in (Start("resp_1", "m", 1), Text("a")):
+        desk.sheet.append(event)
+    size = desk.sheet.take()
+    assert read(desk.sheet.batch) == [(0, Start("resp_1", "m", 1)), (1, Text("a"))]
+    assert size == desk.size == 2 * AN_EVENT + 1
+    assert desk.sheet.confirm() == size
+    assert not desk.sheet.waits
+
+
+def test_a_batch_that_is_not_confirmed_is_taken_again_as_it_was(desk: Desk) -> None:
+    desk.sheet.append(Text("a"))
+    size = desk.sheet.take()
+    desk.sheet.append(Text("b"))
+    desk.end()
+    assert desk.sheet.take() == size
+    assert read(desk.sheet.batch) == [(0, Text("a"))]
+    assert (desk.sheet.ends_with_batch, desk.sheet.waits) == (False, True)
+    desk.sheet.confirm()
+    assert (desk.sheet.waits, desk.sheet.over) == (True, False)
+    desk.sheet.take()
+    assert read(desk.sheet.batch) == [(1, Text("b")), (2, FINISH)]
+    assert desk.sheet.ends_with_batch
+    desk.sheet.confirm()
+    assert (desk.sheet.waits, desk.sheet.over) == (False, True)
+
+
+def test_what_is_given_up_while_it_is_written_is_not_confirmed_twice(desk: Desk) -> None:
+    desk.sheet.append(Text("a"))
+    desk.sheet.take()
+    desk.sheet.append(Text("b"))
+    assert desk.sheet.give_up() == desk.size
+    assert desk.sheet.confirm() == 0
+    desk.sheet.append(Text("c"))
+    assert (desk.sheet.lost, desk.sheet.waits, desk.sheet.next) == (True, False, 3)
+
+
+def test_the_final_state_of_a_lost_answer_is_still_written_without_its_events(desk: Desk) -> None:
+    desk.sheet.append(Text("a"))
+    desk.sheet.give_up()
+    made = desk.end()
+    desk.sheet.take()
+    assert (desk.sheet.batch, desk.sheet.ending, desk.sheet.ends_with_batch) == (None, made, True)
+    desk.sheet.confirm()
+    assert desk.sheet.over
+
+
+@pytest.mark.parametrize(
+    "event",
+    [Text("x" * FULL), ToolCall(0, "c", "f", "x" * FULL), Text("é" * (FULL // 6)), Text("", 0, {"c": ["x" * FULL]})],
+)
+def test_thirty_two_kib_are_written_at_once(desk: Desk, event: Event) -> None:
+    desk.sheet.append(Text("a"))
+    assert not desk.urgent
+    desk.sheet.append(event)
+    assert desk.urgent
+
+
+def test_more_than_a_mebibyte_is_given_up_also_where_half_of_it_is_on_its_way(desk: Desk) -> None:
+    half = Text("x" * (module.MOST // 2))
+    desk.sheet.append(half)
+    desk.sheet.take()
+    desk.sheet.append(Text("y" * 1000))
+    lost_before = desk.sheet.lost
+    desk.sheet.append(half)
+    assert (lost_before, desk.sheet.lost, desk.size) == (False, True, 0)
+
+
+def test_an_event_that_waited_too_long_is_given_up_whoever_writes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OLDEST", 0.05)
+    desk.sheet.append(Text("a"))
+    desk.sheet.take()
+    assert not desk.sheet.is_late(time.monotonic())
+    time.sleep(0.06)
+    assert desk.sheet.is_late(time.monotonic())
+    desk.sheet.append(Text("b"))
+    assert (desk.sheet.lost, desk.size) == (True, 0)
+
+
+def test_the_age_of_what_came_during_a_write_counts_from_when_it_came(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OLDEST", 0.05)
+    desk.sheet.append(Text("a"))
+    desk.sheet.take()
+    desk.sheet.append(Text("b"))
+    time.sleep(0.06)
+    desk.sheet.confirm()
+    assert desk.sheet.is_late(time.monotonic())
+
+
+def test_threads_that_append_and_take_at_once_lose_and_double_nothing() -> None:
+    desk = Desk()
+    many, kept = 20_000, list[tuple[int, Event]]()
+    done = threading.Event()
+
+    def produce() -> None:
+        for number in range(many):
+            desk.sheet.append(Text(str(number)))
+            while number - len(kept) > 5000:
+                time.sleep(0)
+        done.set()
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    while not done.is_set() or desk.sheet.waits:
+        desk.sheet.take()
+        if desk.sheet.batch is not None:
+            kept += read(desk.sheet.batch)
+        desk.size -= desk.sheet.confirm()
+    producer.join()
+    assert kept == [(number, Text(str(number))) for number in range(many)]
+
+
+def test_the_end_is_told_to_readers_once_it_is_written(desk: Desk) -> None:
+    told: list[tuple[int, Event]] = []
+    desk.sheet.readers.append(lambda seq, event: told.append((seq, event)))
+    desk.sheet.append(Text("a"))
+    seen: list[object] = []
+
+    def write() -> None:
+        while not desk.sheet.ending:
+            time.sleep(0.001)
+        desk.sheet.take()
+        seen.extend([list(told), desk.sheet.unwritten()])
+        desk.sheet.confirm()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert desk.sheet.end(FINISH, ending(entry("owner", id="resp_1")), 5)
+    writer.join()
+    assert seen == [[(0, Text("a"))], [(0, Text("a"))]]
+    assert told == [(0, Text("a")), (1, FINISH)]
+    assert desk.sheet.unwritten() == []
+
+
+def test_the_end_is_told_in_time_where_the_store_does_not_take_it(desk: Desk) -> None:
+    told: list[Event] = []
+    desk.sheet.readers.append(lambda _, event: told.append(event))
+    begun = time.monotonic()
+    assert not desk.sheet.end(FINISH, ending(entry("owner", id="resp_1")), 0.05)
+    assert 0.04 < time.monotonic() - begun < 0.5
+    assert told == [FINISH]
+    assert desk.sheet.unwritten() == [(0, FINISH)]
+
+
+def test_an_answer_is_idle_since_its_last_reader_left() -> None:
+    remote = [float("inf")]
+    desk = Desk(lambda _: remote[0])
+    assert desk.sheet.idle() == float("inf")
+
+    def tell(seq: int, event: Event) -> None: ...
+
+    desk.sheet.readers.append(tell)
+    assert desk.sheet.idle() == 0
+    desk.sheet.leave(tell)
+    assert 0 <= desk.sheet.idle() < 1
+    remote[0] = 100.0
+    assert desk.sheet.idle() < 1
+
+
+def test_where_the_store_is_silent_nobody_knows_who_reads() -> None:
+    def down(_: str) -> float:
+        raise StoreDown
+
+    assert Desk(down).sheet.idle() == 0
