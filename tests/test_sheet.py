@@ -159,6 +159,7 @@ def test_threads_that_append_and_take_at_once_lose_and_double_nothing() -> None:
         if desk.sheet.batch is not None:
             kept += read(desk.sheet.batch)
         desk.size -= desk.sheet.confirm()
+        time.sleep(0)
     producer.join()
     assert kept == [(number, Text(str(number))) for number in range(many)]
 
