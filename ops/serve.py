@@ -10,18 +10,26 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from ops import local_model, nginx_conf
 from ops.environment import EnvironmentFailure, ensure
 from ops.services import ServiceFailure, Services, on_stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / ".serve"
+LOG = "answers.db"
+# The page tries for 15.5 s to take a broken answer up again. Who does not come back by then has left: the model is
+# stopped, and not paid for until the end. Its Stop button stops the model at once.
+ON_DISCONNECT = "20"
 
 HELP = f"""Starts streamchat on this machine and for this machine: it listens on 127.0.0.1 only.
 
 The first start makes .venv from requirements.txt. With neither OPENAI_API_KEY nor OPENAI_BASE_URL set it also
 makes .venv-local and lets a small model answer that runs here ({local_model.NAME}, a download of 122 MB).
 Every STREAMCHAT_... variable is passed on; without STREAMCHAT_TOKENS, STREAMCHAT_PUBLIC is set to true.
+Answers are kept for a day in {STATE.name}/{LOG}, which only your account can read; STREAMCHAT_STORE_URL names
+another log, and an empty one none.
 Ctrl-C stops everything that was started; a second one does not wait for running answers."""
 
 
@@ -79,9 +87,25 @@ def _environment(services: Services) -> dict[str, str]:
         environment.setdefault("STREAMCHAT_PUBLIC", "true")
     # Whoever presses Ctrl-C waits for it; behind a load balancer two minutes are better, which is the default.
     environment.setdefault("STREAMCHAT_GRACE", "10")
+    environment |= log_of(environment)
     if not (environment.get("OPENAI_API_KEY") or environment.get("OPENAI_BASE_URL")):
         environment |= _start_local_model(services)
     return environment
+
+
+def log_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is added so that answers are kept. An empty STREAMCHAT_STORE_URL is somebody's wish to keep none."""
+    if "STREAMCHAT_STORE_URL" not in environment:
+        STATE.mkdir(exist_ok=True)
+        url = _own_log()
+    else:
+        url = environment["STREAMCHAT_STORE_URL"]
+    wait = environment.get("STREAMCHAT_ON_DISCONNECT", ON_DISCONNECT if url else "")
+    return {"STREAMCHAT_STORE_URL": url, "STREAMCHAT_ON_DISCONNECT": wait}
+
+
+def _own_log() -> str:
+    return f"sqlite:///{quote(str(STATE / LOG))}"
 
 
 def _start_local_model(services: Services) -> dict[str, str]:
@@ -120,9 +144,7 @@ def find_nginx() -> str:
 
 
 def _start_nginx(services: Services, nginx: str, front: int, port: int) -> None:
-    copy = nginx_conf.write_copy(
-        ROOT / ".serve" / f"nginx-{front}", listen=f"127.0.0.1:{front}", upstream=f"127.0.0.1:{port}"
-    )
+    copy = nginx_conf.write_copy(STATE / f"nginx-{front}", listen=f"127.0.0.1:{front}", upstream=f"127.0.0.1:{port}")
     services.start("nginx", nginx_conf.command(nginx, copy), os.environ)
 
 
@@ -159,5 +181,14 @@ streamchat listens on {address}
 page:  {address}/
 model: {model}
 ask:   curl -N {address}/api/get-response{token} -H 'Content-Type: application/json' {body}
-stop:  Ctrl-C
+{_kept(environment)}stop:  Ctrl-C
 """
+
+
+def _kept(environment: Mapping[str, str]) -> str:
+    is_ours = environment["STREAMCHAT_STORE_URL"] == _own_log()
+    return (
+        f"kept:  answers, for a day, in {STATE.name}/{LOG}; none where STREAMCHAT_STORE_URL is empty\n"
+        if is_ours
+        else ""
+    )

@@ -89,7 +89,8 @@ def store(value: Any) -> str:
     if value in (None, ""):
         return ""
     scheme, _, rest = str(value).partition("://")
-    if scheme not in ("memory", "sqlite", "redis", "rediss") or (scheme == "sqlite" and len(rest) < 2):
+    has_path = rest.startswith("/") and not rest.endswith("/")
+    if scheme not in ("memory", "sqlite", "redis", "rediss") or (scheme == "sqlite" and not has_path):
         raise ValueError("must be sqlite:///path, redis://host or memory://")
     return str(value)
 

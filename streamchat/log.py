@@ -26,21 +26,24 @@ AGAIN = 0.1  # seconds until the store is asked again after it failed
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction
 MOST_ABANDONED = 1000  # answers that a silent store may have, and whose end is still to be told
+PRUNE_AFTER = 5.0  # seconds after the first answer, which has other things to do
+PRUNE_EVERY = 60.0  # seconds from the end of one to the next
 CLOSE_WITHIN = 2.5  # seconds: more than the 2 in which a store answers
 
 
 class Log:
     """One for each mounted blueprint and process. Its greenlets or threads begin with its first answer."""
 
-    def __init__(self, store: Store, loop: Loop, lease: float) -> None:
+    def __init__(self, store: Store, loop: Loop, lease: float, prune: Callable[[], object] = lambda: None) -> None:
         self.store = store
+        self._prune = prune
         self.waiting_bytes = 0
         self.running: dict[str, Sheet] = {}
         self.tails = Tails(store, loop, self._cancelled)
         self._loop = loop
         self._lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
         self._dirty: dict[Sheet, None] = {}
-        self._news, self._hurry = loop.bell(), loop.bell()
+        self._news, self._hurry, self._stop = loop.bell(), loop.bell(), loop.bell()
         self._counting = threading.RLock()  # reentrant: the collector may end an answer while it is held
         self._tasks: list[threading.Event] = []  # set when they have ended
         self._closed = False
@@ -102,7 +105,7 @@ class Log:
             self.running.pop(sheet.id, None)
 
     def _begin(self) -> None:
-        for task in (self._write_on, self._lease.keep):
+        for task in (self._write_on, self._lease.keep, self._prune_on):
             self._start(task)
 
     def _start(self, task: Callable[[], None]) -> None:
@@ -116,6 +119,18 @@ class Log:
                 ended.set()
 
         self._loop.spawn(run)
+
+    def _prune_on(self) -> None:
+        """Has old answers forgotten, now and then: beside the lease, whose beats a large log must not hold up."""
+        self._stop.wait(time.monotonic() + PRUNE_AFTER)
+        while not self._closed:
+            try:
+                self._prune()
+            except StoreDown:
+                pass  # the next time is early enough
+            except Exception:  # a bug in a store: others still are to be forgotten
+                logger.exception("the response log failed")
+            self._stop.wait(time.monotonic() + PRUNE_EVERY)
 
     def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
         """Something of the sheet waits to be written, `size` bytes more than before."""
@@ -253,7 +268,7 @@ class Log:
         due = time.monotonic() + CLOSE_WITHIN
         self._closed = True
         self._lease.stop()
-        for bell in (self._news, self._hurry):
+        for bell in (self._news, self._hurry, self._stop):
             bell.ring()
         for ended in self._tasks:
             ended.wait(max(0.0, due - time.monotonic()))

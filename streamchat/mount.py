@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flask import Flask, Request
@@ -30,7 +31,7 @@ from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
 from .store import Kept
-from .stores import open_store
+from .stores import check_store, open_store, prune
 from .upstream import ClientFactory, Upstream, check_credentials
 
 logger = logging.getLogger("streamchat")
@@ -65,7 +66,7 @@ class Process:
             settings.max_streams_per_user,
         )
         store = open_store(settings, self.loop)
-        self.log = Log(store, self.loop, settings.lease) if store is not None else None
+        self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
 
     def close(self) -> None:
         if self.log is not None:
@@ -85,7 +86,7 @@ class Mount:
         self._lock = threading.Lock()
         check_access(self.settings, hooks.authorize is not None)
         check_credentials(hooks.client_factory)
-        open_store(self.settings, choose_loop())  # tells of a missing library now
+        check_store(self.settings, choose_loop())
 
     @property
     def process(self) -> Process:
@@ -260,5 +261,7 @@ def check_access(settings: Settings, has_authorize: bool) -> None:
 
 def check_environ(environ: Mapping[str, str]) -> None:
     """Raises SettingsError for what would stop wsgi.py, which has no hooks. For a server that is about to fork."""
-    check_access(Settings.from_mapping(read_environ(environ)), has_authorize=False)
+    settings = Settings.from_mapping(read_environ(environ))
+    check_access(settings, has_authorize=False)
     check_credentials(None)
+    check_store(settings, choose_loop())

@@ -144,6 +144,20 @@ def _is_fixed(version: str) -> bool:
     return found >= FIXED[0] or any(found[:2] == fixed[:2] and found >= fixed for fixed in FIXED[1:])
 
 
+def check_file(path: str) -> None:
+    """Raises SettingsError for a file that is not ours to write. Makes none, and waits for nobody."""
+    try:
+        connection = cast("Connection", apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY))
+        try:
+            _check_version(connection)
+        finally:
+            connection.close()
+    except apsw.NotADBError:
+        raise SettingsError("STREAMCHAT_STORE_URL names a file that is no database: name a file of its own.") from None
+    except apsw.Error:
+        return  # it is not there yet, or busy: the first use will tell
+
+
 def open_file(path: str) -> Connection:
     """A connection to the file, which is made or brought to this version where needed.
 

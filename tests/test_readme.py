@@ -36,8 +36,9 @@ def _shown(setting: Any) -> str:
 
 
 def errors_table() -> str:
-    kinds = sorted(_leaves(errors.StreamChatError), key=lambda kind: (kind.status, kind.code))
-    told = [kind for kind in kinds if kind.status != 499]
+    # Of a code that several classes share, the first met: the general one, whose children say the same more exactly.
+    kinds = {kind.code: kind for kind in reversed(list(_leaves(errors.StreamChatError)))}
+    told = [kind for kind in sorted(kinds.values(), key=lambda kind: (kind.status, kind.code)) if kind.status != 499]
     rows = [f"| `{kind.code}` | {kind.status} | {'yes' if kind.retryable else 'no'} | {kind.text} |" for kind in told]
     return "\n".join(["| code | status | try again | |", "|---|---|---|---|", *rows])
 
@@ -55,6 +56,12 @@ TABLES = {"settings": settings_table, "errors": errors_table}
 
 def _marked(name: str) -> re.Pattern[str]:
     return re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+
+
+def test_each_code_stands_once_in_the_table_of_errors() -> None:
+    codes = re.findall(r"^\| `(\w+)` ", errors_table(), re.MULTILINE)
+    assert sorted(set(codes)) == sorted(codes)
+    assert {kind.code for kind in _leaves(errors.StreamChatError) if kind.status != 499} == set(codes)
 
 
 @pytest.mark.parametrize("name", TABLES)

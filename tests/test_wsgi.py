@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,18 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "not JSON": ({"STREAMCHAT_TOKENS": "secret-token"}, "STREAMCHAT_TOKENS must be JSON"),
     "a bad number": ({"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_MAX_STREAMS": "many"}, "STREAMCHAT_MAX_STREAMS"),
     "a bad flag": ({"STREAMCHAT_PUBLIC": "maybe"}, "STREAMCHAT_PUBLIC must be true or false"),
+    "a log in no folder": (
+        {"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_STORE_URL": "sqlite:////no/such/folder/log.db"},
+        "STREAMCHAT_STORE_URL",
+    ),
+    "a log of no kind that is known": (
+        {"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_STORE_URL": "postgres://:secret-token@host"},
+        "STREAMCHAT_STORE_URL must be sqlite:///path",
+    ),
+    "a limit that nobody counts": (
+        {"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_MAX_STREAMS_IN_ALL": "9"},
+        "STREAMCHAT_MAX_STREAMS_IN_ALL needs STREAMCHAT_STORE_URL",
+    ),
     "a misspelt key": ({"STREAMCHAT_PUBLIK": "true"}, "STREAMCHAT_PUBLIC"),
 }
 
@@ -95,6 +108,25 @@ def test_what_cannot_be_used_is_said_in_one_sentence(environ: dict[str, str], na
 def test_every_setting_has_a_variable(wsgi: ModuleType) -> None:
     environ = {key(name): "" for name in TABLE} | {"STREAMCHAT_PUBLIC": "true"}
     assert Shop(wsgi.create_app(environ)).mounts[0].settings.public is True
+
+
+def test_a_log_that_the_environment_names_keeps_answers(wsgi: ModuleType, tmp_path: Path) -> None:
+    log = {"STREAMCHAT_STORE_URL": f"sqlite:///{tmp_path}/log.db", "STREAMCHAT_ON_DISCONNECT": "finish"}
+    shop = opened(wsgi, {"STREAMCHAT_PUBLIC": "true", **log})
+    id = shop.ask().headers["X-Response-Id"]
+    kept = shop.app.test_client().get(f"/api/responses/{id}")
+    document = json.loads(kept.data)
+    assert (kept.status_code, document["status"], document["text"]) == (200, "completed", "Hello, world!")
+    shop.close()
+
+
+def test_nothing_is_kept_unless_the_environment_says_so(wsgi: ModuleType) -> None:
+    shop = opened(wsgi, {"STREAMCHAT_PUBLIC": "true"})
+    kept = shop.app.test_client().get("/api/responses/resp_1")
+    document = json.loads(kept.data)
+    assert (kept.status_code, document["code"]) == (404, "not_found")
+    assert "STREAMCHAT_STORE_URL" in document["detail"]
+    shop.close()
 
 
 def test_the_app_answers_under_api(wsgi: ModuleType) -> None:

@@ -21,6 +21,7 @@ import pytest
 import requests
 
 from ops import serve
+from tests.fake_upstream import FakeUpstream
 from tests.live.servers import free_port, wait_for
 
 # The first start of all may have to download; `check` has done it before.
@@ -260,10 +261,60 @@ def test_tokens_stand_in_the_line_and_make_nothing_public(tmp_path: Path) -> Non
         assert requests.post(f"{started.url}/api/get-response", json={"message": "hi"}).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("given", "url", "on_disconnect"),
+    [
+        ({}, "sqlite:///{state}/answers.db", "20"),
+        ({"STREAMCHAT_ON_DISCONNECT": "finish"}, "sqlite:///{state}/answers.db", "finish"),
+        ({"STREAMCHAT_STORE_URL": "redis://localhost"}, "redis://localhost", "20"),
+        ({"STREAMCHAT_STORE_URL": ""}, "", ""),
+    ],
+)
+def test_a_log_is_set_up_unless_one_is_named_or_none_is_wanted(
+    given: dict[str, str], url: str, on_disconnect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "100% state"
+    monkeypatch.setattr(serve, "STATE", state)
+    added = serve.log_of(given)
+    named = url.format(state=str(state).replace("%", "%25").replace(" ", "%20"))
+    assert added == {"STREAMCHAT_STORE_URL": named, "STREAMCHAT_ON_DISCONNECT": on_disconnect}
+    assert state.is_dir() == named.startswith("sqlite:")
+
+
+def test_the_page_may_come_back_as_long_as_it_tries() -> None:
+    client = (ROOT / "streamchat" / "static" / "streamchat.js").read_text()
+    pauses = re.search(r"^const RECONNECTS = \[(.*)\];$", client, re.MULTILINE)
+    assert pauses
+    tries = sum(float(pause) for pause in pauses[1].split(","))
+    assert tries < float(serve.ON_DISCONNECT) < 2 * tries
+
+
+def test_an_answer_is_kept_in_a_file_that_only_this_account_reads(tmp_path: Path) -> None:
+    with FakeUpstream() as upstream:
+        asked = {"OPENAI_BASE_URL": upstream.base_url, "OPENAI_API_KEY": "sk-nobody"}
+        with listening(tmp_path, "--port", str(free_port()), **asked) as started:
+            assert "kept:  answers, for a day, in .serve/answers.db" in started.text
+            answer = requests.post(f"{started.url}/api/get-response", json={"message": "hi"})
+            assert answer.headers["X-Stream-Resumable"] == "?1"
+            kept = requests.get(f"{started.url}/api/responses/{answer.headers['X-Response-Id']}").json()
+        files = list((ROOT / ".serve").glob("answers.db*"))
+    assert (kept["status"], kept["text"]) == ("completed", answer.text)
+    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
 def test_help_says_what_it_will_do() -> None:
     command = [sys.executable, str(ROOT / "serve"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for word in ("--port", "--nginx", "--nginx-port", "OPENAI_API_KEY", "STREAMCHAT_TOKENS", "127.0.0.1", "Ctrl-C"):
+    for word in (
+        "--port",
+        "--nginx",
+        "--nginx-port",
+        "OPENAI_API_KEY",
+        "STREAMCHAT_TOKENS",
+        "STREAMCHAT_STORE_URL",
+        "127.0.0.1",
+        "Ctrl-C",
+    ):
         assert word in text
 
 

@@ -61,6 +61,18 @@ REFUSALS: dict[str, tuple[Mapping[str, str], str]] = {
         {"STREAMCHAT_IDEL_TIMEOUT": "5"},
         "STREAMCHAT_IDEL_TIMEOUT is not a setting; did you mean STREAMCHAT_IDLE_TIMEOUT?",
     ),
+    "a log in no folder": (
+        {"STREAMCHAT_STORE_URL": "sqlite:////no/such/folder/log.db"},
+        "STREAMCHAT_STORE_URL names a file in /no/such/folder, which is no folder: make it, or name another.",
+    ),
+    "a log of no kind that is known": (
+        {"STREAMCHAT_STORE_URL": "postgres://user:canary@localhost"},
+        "STREAMCHAT_STORE_URL must be sqlite:///path, redis://host or memory://, not its value.",
+    ),
+    "a budget that nobody counts": (
+        {"STREAMCHAT_TOKENS_PER_DAY": "1000"},
+        "STREAMCHAT_TOKENS_PER_DAY needs STREAMCHAT_STORE_URL, such as sqlite:///streamchat.db.",
+    ),
     "secret tokens": (
         {"STREAMCHAT_TOKENS": '{"shop": "geheim wort"}'},
         "STREAMCHAT_TOKENS must hold tokens of printable ASCII without spaces, not its value.",
