@@ -9,17 +9,22 @@ import http.client
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
+import openai
 import pytest
 
 from tests.clients.conftest import MODEL, SETTINGS
-from tests.clients.corpus import APIS, FORMATS, STREAMS
-from tests.fake_upstream import FakeUpstream
+from tests.clients.corpus import APIS, FORMATS, STREAMS, expected, pieces
+from tests.clients.node import Node
+from tests.clients.test_ai_sdk import text_of
+from tests.fake_upstream import FakeUpstream, Gate, head, last_chunk
 from tests.live.servers import Server, gunicorn
 
+TEXT = expected("text", "text.txt").decode()
 OWN = {"text.txt": "text/plain", "events.sse": "text/event-stream", "events.ndjson": "application/x-ndjson"}
 OPENAI: dict[str, dict[str, Any]] = {
     "openai.sse": {"stream": True},
@@ -113,3 +118,77 @@ def test_an_answer_of_the_log_is_what_its_first_caller_read(
         assert (other.replayed, other.id) == (True, live["events.ndjson"].id)
         assert of_any(other) == of_any(live[name])
     assert len(upstream.requests) == len(FORMATS)
+
+
+# --- asked twice by the clients -----------------------------------------------------------------------------
+
+
+def sdk(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/api/v1", api_key="none", max_retries=0, timeout=20)
+
+
+def keyed(text: str, key: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return {"model": MODEL, "messages": messages, "extra_headers": {"Idempotency-Key": key}}
+
+
+def streamed(server: Server, text: str, key: str) -> tuple[str, str]:
+    """The answer's id and text."""
+    ids, said = set(), ""
+    with sdk(server) as client, client.chat.completions.create(**keyed(text, key), stream=True) as stream:
+        for chunk in stream:
+            ids.add(chunk.id)
+            said += chunk.choices[0].delta.content or ""
+    (id,) = ids
+    return id, said
+
+
+def test_the_python_sdk_reads_an_answer_again_by_its_key(keepers: dict[str, Server], upstream: FakeUpstream) -> None:
+    first = streamed(keepers["chat"], "text", "sdk")
+    assert streamed(keepers["chat"], "text", "sdk") == first
+    with sdk(keepers["chat"]) as client:
+        whole = client.chat.completions.create(**keyed("text", "sdk"))
+    assert (whole.id, whole.choices[0].message.content) == first == (whole.id, TEXT)
+    assert len(upstream.requests) == 1
+    assert streamed(keepers["chat"], "text", "another") != first
+
+
+def test_two_calls_of_the_python_sdk_with_one_key_share_a_running_answer(
+    keepers: dict[str, Server], upstream: FakeUpstream
+) -> None:
+    gate = Gate()
+    first, *others = pieces("text", "chat")
+    upstream.choose = lambda _: [head(), first, gate, *others, last_chunk()]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(streamed, keepers["chat"], "text", "shared") for _ in range(2)]
+        gate.wait_reached()
+        gate.open()
+        one, other = (call.result(10) for call in calls)
+    assert one == other
+    assert one[1] == TEXT
+    assert len(upstream.requests) == 1
+
+
+def test_the_python_sdk_raises_the_same_exception_again(keepers: dict[str, Server], upstream: FakeUpstream) -> None:
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError) as caught:
+            streamed(keepers["chat"], "429", "failing")
+        assert (caught.value.status_code, caught.value.code) == (503, "upstream_rate_limited")
+    with pytest.raises(openai.UnprocessableEntityError) as mismatch:
+        streamed(keepers["chat"], "text", "failing")
+    assert mismatch.value.code == "idempotency_mismatch"
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("version", ["ai5", "ai6", "ai7"])
+def test_two_chats_with_one_key_share_an_answer(
+    node: Node, keepers: dict[str, Server], upstream: FakeUpstream, version: str
+) -> None:
+    """Such as a question whose sender lost the connection and sent it again."""
+    turns = [{"say": "text"}]
+    headers = {"Idempotency-Key": f"chats of {version}"}
+    job = {"job": "talk", "version": version, "url": f"{keepers['chat'].url}/api/chat", "headers": headers}
+    seen = [turn["messages"][-1] for (turn,) in node.run_all([{**job, "turns": turns}, {**job, "turns": turns}])]
+    assert seen[0] == seen[1]
+    assert text_of(seen[0]) == TEXT
+    assert len(upstream.requests) == 1
