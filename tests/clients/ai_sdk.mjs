@@ -111,7 +111,8 @@ async function take(chat, state, line, turn) {
     if (turn[name] === undefined) continue;
     await state.when(({ messages, statuses }) => {
       const last = messages.at(-1);
-      return statuses.includes("streaming") && last?.role === "assistant" && textOf(last).includes(turn[name]);
+      const begun = !turn.resume || statuses.includes("streaming"); // a resumed text may be there from before
+      return begun && last?.role === "assistant" && textOf(last).includes(turn[name]);
     });
     await happen({ chat, line, turn });
   }
