@@ -14,8 +14,9 @@ from .client_encoders import UI_ENCODERS
 from .dialects import OWN, UI, Dialect
 from .document import document
 from .encoders import Encoder, choose_encoder
-from .errors import InvalidRequest
-from .events import ENDS
+from .ending import error_of
+from .errors import InvalidRequest, StreamChatError
+from .events import ENDS, Event, Failure, Start
 from .hangup import Caller
 from .mount import Mount
 from .replay import Replay
@@ -40,7 +41,7 @@ def response_stream(id: str) -> Response:
         encoder = choose_encoder(request.headers.get("Accept"))()
         after = _after()
         kept = mount.find(id, mount.user(request))
-        if kept.status not in LIVE and after == kept.next - 1 and _is_end(mount, kept):
+        if _is_told(mount, kept, after):
             return _nothing()
         return replayed(mount, kept, after, encoder)
 
@@ -74,7 +75,14 @@ def chat_stream(chat_id: str) -> Response:
 
 
 def replayed(mount: Mount, kept: Kept, after: int, encoder: Encoder, headers: dict[str, str] | None = None) -> Response:
-    """The answer from the event after `after` on, as it was and as it goes on."""
+    """The answer from the event after `after` on, as it was and as it goes on; `headers`: of one asked for again.
+
+    That one is told a failure before the first piece by the status, as its first caller was.
+    """
+    request.environ[HEADERS].update({"X-Response-Id": kept.id} | (headers or {}))  # of a failure, too
+    failure = _early_failure(mount, kept) if headers is not None else None
+    if failure is not None:
+        raise failure
     locale = request.accept_languages.best
     caller = Caller.from_environ(request.environ)
     replay = Replay(
@@ -90,8 +98,26 @@ def replayed(mount: Mount, kept: Kept, after: int, encoder: Encoder, headers: di
     mount.release_before_wait()
     replay.begin()
     request.environ[ANSWER] = replay
-    request.environ[HEADERS]["X-Response-Id"] = kept.id
-    return streamed(replay, encoder, ({} if encoder.whole else RESUMABLE) | (headers or {}))
+    return streamed(replay, encoder, {} if encoder.whole else RESUMABLE)
+
+
+def _early_failure(mount: Mount, kept: Kept) -> StreamChatError | None:
+    events = _events(mount, kept, -1) if kept.error is not None else []
+    last = events[-1] if events else None
+    early = all(isinstance(event, Start) for event in events[:-1])
+    return error_of(last) if early and isinstance(last, Failure) else None
+
+
+def _events(mount: Mount, kept: Kept, after: int) -> list[Event]:
+    return [event for batch in mount.log.store.read(kept.id, after) for event in unpack(batch.payload)]
+
+
+def _is_told(mount: Mount, kept: Kept, after: int) -> bool:
+    """Whether a reader has it all. The last event that is kept need not be the answer's last."""
+    if kept.status in LIVE or after != kept.next - 1:
+        return False
+    events = _events(mount, kept, after - 1)
+    return bool(events) and isinstance(events[-1], ENDS)
 
 
 def _after() -> int:
@@ -100,12 +126,6 @@ def _after() -> int:
     if given != "-1" and not (given.isdecimal() and given.isascii() and len(given) <= SEQ_DIGITS):
         raise InvalidRequest('"after" and Last-Event-ID must be the "seq" of an event, a whole number from 0.')
     return int(given)
-
-
-def _is_end(mount: Mount, kept: Kept) -> bool:
-    """Whether the last event that is kept is the answer's last: what was lost is no end."""
-    last = mount.log.store.read(kept.id, kept.next - 2)
-    return bool(last) and isinstance(unpack(last[-1].payload)[-1], ENDS)
 
 
 def _nothing() -> Response:

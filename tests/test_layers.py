@@ -105,7 +105,7 @@ LAYERS = {
     "responses": Layer(5, "access dialects encoders errors hangup mount", "flask werkzeug"),
     "reading": Layer(
         5,
-        "client_encoders dialects document encoders errors events hangup mount replay responses store",
+        "client_encoders dialects document encoders ending errors events hangup mount replay responses store",
         "flask",
     ),
     "views": Layer(

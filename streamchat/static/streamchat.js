@@ -108,7 +108,7 @@ export async function* stream(url, {headers, credentials = "same-origin", signal
         throw failure("incomplete", "The answer ended before it was whole.", response);
       } catch (error) {
         signal?.throwIfAborted();
-        if (!kept || !id || !isBroken(error) || attempt >= RECONNECTS.length) throw error;
+        if (!kept || !id || !isBroken(error, request === shared) || attempt >= RECONNECTS.length) throw error;
       }
       await pause(RECONNECTS[attempt++], signal);
       address = new URL(`responses/${id}/stream?after=${seq}`, base);
@@ -131,9 +131,10 @@ function cancel(url, credentials, headers) {
   fetch(url, {method: "POST", credentials, headers, keepalive: true}).catch(() => {});
 }
 
-/** @param {unknown} error */
-function isBroken(error) {
-  return error instanceof StreamError && ["network_error", "connection_lost", "incomplete"].includes(error.code);
+/** @param {unknown} error @param {boolean} readsOn: who does meets servers that are just starting anew, too */
+function isBroken(error, readsOn) {
+  const {code = "", status = 0} = error instanceof StreamError ? error : {};
+  return ["network_error", "connection_lost", "incomplete"].includes(code) || (readsOn && [502, 503, 504].includes(status));
 }
 
 /**

@@ -229,6 +229,19 @@ def test_a_kept_answer_that_is_gone_is_an_error(api: Api) -> None:
     assert (result["code"], result["status"], result["events"]) == ("not_found", 404, [START, TEXTS[0]])
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_server_that_restarts_does_not_end_a_kept_answer(api: Api, status: int) -> None:
+    restarts = refusal(status, "<h1>Later</h1>", "text/html")
+    rest = [*streamed(ndjson([*TEXTS[1:], FINISH])), last_chunk()]
+    assert api.ask(cut_once_two_are_read(api, **KEPT), restarts, rest) == {"events": WHOLE}
+    assert [each.method for each in api.asked] == ["POST", "GET", "GET"]
+
+
+def test_a_question_that_is_refused_is_not_asked_twice(api: Api) -> None:
+    result = api.ask(refusal(503, "{}", "application/json", X_Stream_Resumable="?1"))
+    assert (result["code"], len(api.asked)) == ("http_503", 1)
+
+
 def test_a_kept_answer_is_stopped_by_a_word(api: Api) -> None:
     cancelled = refusal(200, "{}", "application/json")
     api.ask([*streamed(ndjson([START, *TEXTS]), **KEPT), Hang()], cancelled, abort_after=2)

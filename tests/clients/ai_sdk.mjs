@@ -49,6 +49,20 @@ class State {
   }
 }
 
+// A fetch whose connection can be cut, as a lost network does it.
+class Line {
+  #cut = new AbortController();
+
+  fetch = (url, init) => {
+    this.#cut = new AbortController();
+    return fetch(url, { ...init, signal: AbortSignal.any([this.#cut.signal, ...(init.signal ? [init.signal] : [])]) });
+  };
+
+  cut() {
+    this.#cut.abort(new TypeError("network error"));
+  }
+}
+
 function chatOf(sdk, transport, messages) {
   const state = new State();
   state.messages = messages;
@@ -81,17 +95,26 @@ function ask(chat, { say, parts, regenerate, resume }) {
   return chat.sendMessage(parts ? { parts } : { text: say });
 }
 
-// A turn is {say}, {parts}, {regenerate: true} or {resume: true}; with `stop` its user stops once that much text is there.
-async function take(chat, state, turn) {
+// What else happens in a turn, once that much text of its answer is there.
+const EVENTS = {
+  stop: ({ chat }) => chat.stop(),
+  cut: ({ line }) => line.cut(),
+  call: ({ turn }) => fetch(turn.url),
+};
+
+// A turn is {say}, {parts}, {regenerate: true} or {resume: true}, and perhaps one of the events: {stop: "Hello"}.
+async function take(chat, state, line, turn) {
   chat.finish = undefined;
   state.statuses = [];
   const asked = ask(chat, turn);
-  if (turn.stop !== undefined) {
-    await state.when(({ messages }) => {
+  for (const [name, happen] of Object.entries(EVENTS)) {
+    if (turn[name] === undefined) continue;
+    await state.when(({ messages, statuses }) => {
       const last = messages.at(-1);
-      return last?.role === "assistant" && textOf(last).includes(turn.stop);
+      const begun = !turn.resume || statuses.includes("streaming"); // a resumed text may be there from before
+      return begun && last?.role === "assistant" && textOf(last).includes(turn[name]);
     });
-    await chat.stop();
+    await happen({ chat, line, turn });
   }
   await asked;
   const { isAbort, isDisconnect, isError } = chat.finish ?? {};
@@ -101,10 +124,11 @@ async function take(chat, state, turn) {
 
 export async function talk({ version, turns, messages = [], ...options }) {
   const sdk = SDKS[version];
-  const { chat, state } = chatOf(sdk, transportOf(sdk, options), messages);
+  const line = new Line();
+  const { chat, state } = chatOf(sdk, transportOf(sdk, { ...options, fetch: line.fetch }), messages);
   const seen = [];
   for (const turn of turns) {
-    seen.push(structuredClone(await take(chat, state, turn)));
+    seen.push(structuredClone(await take(chat, state, line, turn)));
   }
   return seen;
 }

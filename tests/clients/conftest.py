@@ -58,11 +58,15 @@ def upstream(upstream_server: FakeUpstream) -> FakeUpstream:
 
 @pytest.fixture(scope="package")
 def servers(upstream_server: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """A server for each API of the upstream; "hasty" soon tells that it lives, and "tokens" wants one."""
+    """A server for each API of the upstream; "hasty" soon tells that it lives, "keeping" keeps answers.
+
+    "tokens" wants one.
+    """
     url = upstream_server.base_url
     special = {
         "hasty": {"status_hold": "0.1", "heartbeat": "0.05", "idle_timeout": "5"},
         "chat": {"upstream_api": "chat"},
+        "keeping": {"store_url": "memory://", "on_disconnect": "finish"},
         "responses": {"upstream_api": "responses", "params": NAMES_ALL},
         "choices": {"params": NAMES_ALL},
         "tokens": {

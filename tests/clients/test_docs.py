@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def run_in_node(block: str, address: str) -> str:
 def test_a_block_for_node_reads_the_answer(block: str, servers: dict[str, Server], upstream: FakeUpstream) -> None:
     upstream.choose = None
     upstream.script = answer(["Hello ", "reader"])
-    assert "reader" in run_in_node(block, servers["chat"].url)
+    assert "reader" in run_in_node(block, servers["keeping"].url)
 
 
 @pytest.mark.parametrize("block", IN_PYTHON)
@@ -39,8 +40,8 @@ def test_a_block_for_python_reads_the_answer(
 ) -> None:
     upstream.choose = None
     upstream.script = answer(["Hello ", "reader"])
-    names = {"ADDRESS": servers["chat"].url}
+    names: dict[str, Any] = {"ADDRESS": servers["keeping"].url}
     exec(compile(block, "clients.md", "exec"), names)
-    client = names["client"]
-    client.close()  # type: ignore[attr-defined]
+    if "client" in names:
+        names["client"].close()
     assert capsys.readouterr().out == "Hello reader"
