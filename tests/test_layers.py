@@ -30,8 +30,11 @@ LAYERS = {
     "thread_loop": Layer(0, "waits"),
     "gevent_loop": Layer(0, "waits", "gevent"),
     "loop": Layer(0, "gevent_loop thread_loop waits"),
-    "checks": Layer(1),
-    "settings": Layer(1, "checks errors"),
+    "addresses": Layer(1),
+    "webhooks": Layer(1, foreign="werkzeug"),
+    "attempts": Layer(1),
+    "checks": Layer(1, "addresses webhooks"),
+    "settings": Layer(1, "addresses checks errors"),
     "schema": Layer(1, "checks errors settings", "pydantic"),
     "client_schema": Layer(1, "checks errors schema settings", "pydantic"),
     "encoders": Layer(1, "errors events", "werkzeug"),
@@ -44,6 +47,7 @@ LAYERS = {
     "prompt": Layer(1, "choices_decoder decoder responses_decoder"),
     "access": Layer(1, "errors", "werkzeug"),
     "cancellation": Layer(1, "errors"),
+    "delivery": Layer(2, "addresses attempts cancellation errors", "requests urllib3"),
     "ledger": Layer(1, foreign="blinker"),
     "store": Layer(2, "events ledger"),
     "bookkeeping": Layer(2, "errors events ledger store"),
@@ -123,6 +127,8 @@ ONLY_IN = {
     "gevent": {"gevent_loop"},
     "pydantic": {"client_schema", "schema"},
     "redis": {"redis_link"},
+    "requests": {"delivery"},
+    "urllib3": {"delivery"},
 }
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -1,0 +1,293 @@
+"""One POST of a webhook: to a checked address, without proxies and redirects, over within its time whatever happens.
+
+A helper thread (under gevent a greenlet) works; whoever asked waits for it no longer than that, then ends its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError
+
+from .addresses import Target, parse_target
+from .attempts import Fault, Reply, seconds_of
+from .cancellation import Cancellation
+from .errors import Interrupted
+
+SECONDS = 10.0  # of one attempt in all: resolving, connecting, TLS, the reply
+CONNECT_SECONDS = 3.0  # of one address, so that a silent one leaves time for the next
+ADDRESSES = 8  # that are tried; a name may have any number
+REPLY_BYTES = 65_536  # that are read, head and body
+LOOKUPS = 6  # at a time: one that nobody answers goes on for long, and gevent's resolver has ten threads
+HEADERS = {
+    "Content-Type": "application/json",
+    "User-Agent": "streamchat-webhooks",
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+    "Connection": "close",
+}
+
+Resolve = Callable[[str, int], list[str]]
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host, as the system knows them. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(_numeric(address[4]) for address in found))
+
+
+def _numeric(address: Any) -> str:
+    """An IPv6 address with its scope, if it has one: that of a public address has none."""
+    scope = address[3] if len(address) == 4 else 0
+    return f"{address[0]}%{scope}" if scope and "%" not in address[0] else str(address[0])
+
+
+class Failed(OSError):
+    """An attempt that ended before there was a status."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        super().__init__(fault)
+
+
+class Courier:
+    """Posts webhooks, from any number of greenlets or threads. Keeps no connection."""
+
+    def __init__(
+        self, *, loopback: bool = False, seconds: float = SECONDS, resolve: Resolve = resolve, ca: str | bool = True
+    ) -> None:
+        """`ca` is a file of authorities in place of the usual ones."""
+        self._loopback = loopback
+        self._seconds = seconds
+        self._resolve = resolve
+        self._ca = ca
+        self._lookups = threading.BoundedSemaphore(LOOKUPS)
+
+    def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
+        """What came of it; a failure is a Reply too. Waits at most `seconds`."""
+        try:
+            target = parse_target(url, loopback=self._loopback)
+        except ValueError:
+            return Reply(fault="target")
+        errand = Errand(target, HEADERS | dict(headers), body, self._looked_up, time.monotonic() + self._seconds)
+        worker = threading.Thread(target=errand.run, args=(self._ca,), name="streamchat-webhook", daemon=True)
+        worker.start()
+        try:
+            errand.over.wait(self._seconds)
+        finally:  # also where the waiting greenlet is killed
+            errand.end()
+        if errand.failure is not None:
+            raise errand.failure
+        return errand.reply
+
+    def _looked_up(self, target: Target, until: float) -> list[str]:
+        """The target's addresses. One that may not be connected to closes the whole target: a resolver that mixes
+        public and private answers waits for us to take the wrong one.
+        """
+        if not self._lookups.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise Failed("timeout")
+        try:
+            found = self._resolve(target.host, target.port)
+        except (OSError, UnicodeError):
+            raise Failed("dns") from None
+        finally:
+            self._lookups.release()
+        if not found:
+            raise Failed("dns")
+        if not all(target.admits(address) for address in found):
+            raise Failed("address")
+        return found[:ADDRESSES]
+
+
+class Errand:
+    """One POST on its way. `reply` is what is known so far: a status counts from when the head is whole."""
+
+    def __init__(
+        self,
+        target: Target,
+        headers: dict[str, str],
+        body: bytes,
+        look_up: Callable[[Target, float], list[str]],
+        until: float,
+    ) -> None:
+        self.reply = Reply(fault="timeout")
+        self.failure: Exception | None = None  # a bug of ours, for whoever waits
+        self.over = threading.Event()
+        self._target = target
+        self._request = requests.Request("POST", target.url, headers=headers, data=body).prepare()
+        self._look_up = look_up
+        self._until = until
+        self._cancellation = Cancellation()
+
+    def end(self) -> None:
+        """Ends the connection, whatever it is doing."""
+        self._cancellation.cancel(Interrupted())
+
+    def run(self, ca: str | bool) -> None:
+        try:
+            self._post(ca)
+        except Exception as error:
+            fault = _fault_of(error)
+            if fault is None:
+                self.failure = error
+            elif self._cancellation.error is None:  # else our own end of the connection shows as a fault of the peer's
+                self.reply = Reply(fault=fault)
+        finally:
+            self._cancellation.drop()
+            self.over.set()
+
+    def _post(self, ca: str | bool) -> None:
+        line = Line(self._look_up(self._target, self._until), self._target.port, self._until, self._cancellation)
+        with contextlib.closing(Adapter(line)) as adapter:
+            # Not by a Session: that reads the environment, .netrc among it, and the whole body of a redirect.
+            response = adapter.send(self._request, stream=True, timeout=line.left(), verify=ca)
+            with contextlib.closing(response):
+                if self._cancellation.error is None:
+                    retry_after = seconds_of(response.headers.get("Retry-After"), time.time())
+                    self.reply = Reply(status=response.status_code, retry_after=retry_after)
+                # Read to its end where that is near: to close before would reset what the receiver still sends.
+                with contextlib.suppress(Exception):
+                    response.raw.read(REPLY_BYTES, decode_content=False)
+
+
+class Line:
+    """The way to one checked target: its addresses, and until when."""
+
+    def __init__(self, addresses: list[str], port: int, until: float, cancellation: Cancellation) -> None:
+        self._addresses = addresses
+        self._port = port
+        self._until = until
+        self._cancellation = cancellation
+
+    def left(self) -> float:
+        """Seconds; never 0, which would mean not to block."""
+        return max(0.001, self._until - time.monotonic())
+
+    def connect(self) -> socket.socket:
+        """A connection to the first address that takes one. No name is resolved here. Raises Failed."""
+        fault: Fault = "connection"
+        for address in self._addresses:
+            self._cancellation.check()
+            try:
+                return self._dial(address)
+            except TimeoutError:
+                fault = "timeout"
+            except OSError:
+                fault = "connection"
+        raise Failed(fault)
+
+    def _dial(self, address: str) -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self._cancellation.hold_duplicate(sock.fileno())
+            sock.settimeout(min(self.left(), CONNECT_SECONDS))
+            sock.connect((address, self._port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(self.left())
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class Bounded(io.RawIOBase):
+    """A reply's bytes; they end after REPLY_BYTES, however many the receiver sends."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._left = REPLY_BYTES
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._raw.readinto(memoryview(buffer)[: self._left]) if self._left else 0
+        self._left -= count or 0
+        self.ended = self.ended or count == 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class BoundedResponse(HTTPResponse):
+    """http.client's, which takes a head that breaks off for a whole one."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp.close()
+        self._bounded = Bounded(sock.makefile("rb", buffering=0))
+        self.fp = io.BufferedReader(self._bounded)
+
+    def begin(self) -> None:
+        super().begin()
+        if self._bounded.ended:
+            raise HTTPException("the head broke off")
+
+
+class Pinned:
+    """What both kinds of connections do otherwise: the name stays for Host, SNI and the certificate, no more."""
+
+    response_class: Any = BoundedResponse
+
+    def __init__(self, line: Line, **options: Any) -> None:
+        super().__init__(**options)
+        self._line = line
+
+    def _new_conn(self) -> socket.socket:
+        return self._line.connect()
+
+
+class PinnedConnection(Pinned, HTTPConnection):
+    pass
+
+
+class PinnedTlsConnection(Pinned, HTTPSConnection):
+    pass
+
+
+CONNECTIONS = {"http": PinnedConnection, "https": PinnedTlsConnection}
+
+
+class Adapter(HTTPAdapter):
+    """requests' own, for one POST: its connections go along the line, not to where a name leads."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+        self._line = line
+
+    def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*arguments, **options)
+        pool.ConnectionCls = functools.partial(CONNECTIONS[pool.scheme], self._line)
+        return pool
+
+
+FAULTS: tuple[tuple[tuple[type[BaseException], ...], Fault], ...] = (
+    ((requests.exceptions.SSLError,), "tls"),
+    ((requests.exceptions.Timeout, TimeoutError), "timeout"),
+    ((requests.exceptions.ConnectionError, OSError, Interrupted), "connection"),
+    ((HTTPError, HTTPException), "protocol"),
+)
+
+
+def _fault_of(error: Exception) -> Fault | None:
+    """requests wraps urllib3's errors, and those the first cause. None for what is none of theirs."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Failed):
+            return cause.fault
+        cause = cause.__context__
+    return next((fault for kinds, fault in FAULTS if isinstance(error, kinds)), None)
