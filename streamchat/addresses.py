@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -90,7 +90,7 @@ class Target:
     scheme: str
     host: str  # a name in lower case, or an address without brackets
     port: int
-    path: str  # and query
+    path: str = field(repr=False)  # and query: it may hold a token
     local: bool  # this machine's own: for development
 
     @property

@@ -6,29 +6,24 @@ A helper thread (under gevent a greenlet) works; whoever asked waits for it no l
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
 from .addresses import Target, parse_target
 from .attempts import Fault, Reply, seconds_of
 from .cancellation import Cancellation
 from .errors import Interrupted
+from .pinned_connection import REPLY_BYTES, Adapter, Failed, Line
 
 SECONDS = 10.0  # of one attempt in all: resolving, connecting, TLS, the reply
-CONNECT_SECONDS = 3.0  # of one address, so that a silent one leaves time for the next
 ADDRESSES = 8  # that are tried; a name may have any number
-REPLY_BYTES = 65_536  # that are read, head and body
 LOOKUPS = 6  # at a time: one that nobody answers goes on for long, and gevent's resolver has ten threads
 HEADERS = {
     "Content-Type": "application/json",
@@ -51,14 +46,6 @@ def _numeric(address: Any) -> str:
     """An IPv6 address with its scope, if it has one: that of a public address has none."""
     scope = address[3] if len(address) == 4 else 0
     return f"{address[0]}%{scope}" if scope and "%" not in address[0] else str(address[0])
-
-
-class Failed(OSError):
-    """An attempt that ended before there was a status."""
-
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-        super().__init__(fault)
 
 
 class Courier:
@@ -161,120 +148,6 @@ class Errand:
                     response.raw.read(REPLY_BYTES, decode_content=False)
 
 
-class Line:
-    """The way to one checked target: its addresses, and until when."""
-
-    def __init__(self, addresses: list[str], port: int, until: float, cancellation: Cancellation) -> None:
-        self._addresses = addresses
-        self._port = port
-        self._until = until
-        self._cancellation = cancellation
-
-    def left(self) -> float:
-        """Seconds; never 0, which would mean not to block."""
-        return max(0.001, self._until - time.monotonic())
-
-    def connect(self) -> socket.socket:
-        """A connection to the first address that takes one. No name is resolved here. Raises Failed."""
-        fault: Fault = "connection"
-        for address in self._addresses:
-            self._cancellation.check()
-            try:
-                return self._dial(address)
-            except TimeoutError:
-                fault = "timeout"
-            except OSError:
-                fault = "connection"
-        raise Failed(fault)
-
-    def _dial(self, address: str) -> socket.socket:
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            self._cancellation.hold_duplicate(sock.fileno())
-            sock.settimeout(min(self.left(), CONNECT_SECONDS))
-            sock.connect((address, self._port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(self.left())
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-
-class Bounded(io.RawIOBase):
-    """A reply's bytes; they end after REPLY_BYTES, however many the receiver sends."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self._left = REPLY_BYTES
-        self.ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        count: int | None = self._raw.readinto(memoryview(buffer)[: self._left]) if self._left else 0
-        self._left -= count or 0
-        self.ended = self.ended or count == 0
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class BoundedResponse(HTTPResponse):
-    """http.client's, which takes a head that breaks off for a whole one."""
-
-    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
-        self.fp.close()
-        self._bounded = Bounded(sock.makefile("rb", buffering=0))
-        self.fp = io.BufferedReader(self._bounded)
-
-    def begin(self) -> None:
-        super().begin()
-        if self._bounded.ended:
-            raise HTTPException("the head broke off")
-
-
-class Pinned:
-    """What both kinds of connections do otherwise: the name stays for Host, SNI and the certificate, no more."""
-
-    response_class: Any = BoundedResponse
-
-    def __init__(self, line: Line, **options: Any) -> None:
-        super().__init__(**options)
-        self._line = line
-
-    def _new_conn(self) -> socket.socket:
-        return self._line.connect()
-
-
-class PinnedConnection(Pinned, HTTPConnection):
-    pass
-
-
-class PinnedTlsConnection(Pinned, HTTPSConnection):
-    pass
-
-
-CONNECTIONS = {"http": PinnedConnection, "https": PinnedTlsConnection}
-
-
-class Adapter(HTTPAdapter):
-    """requests' own, for one POST: its connections go along the line, not to where a name leads."""
-
-    def __init__(self, line: Line) -> None:
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-        self._line = line
-
-    def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*arguments, **options)
-        pool.ConnectionCls = functools.partial(CONNECTIONS[pool.scheme], self._line)
-        return pool
-
-
 FAULTS: tuple[tuple[tuple[type[BaseException], ...], Fault], ...] = (
     ((requests.exceptions.SSLError,), "tls"),
     ((requests.exceptions.Timeout, TimeoutError), "timeout"),
@@ -289,5 +162,7 @@ def _fault_of(error: Exception) -> Fault | None:
     while cause is not None:
         if isinstance(cause, Failed):
             return cause.fault
+        if isinstance(cause, HTTPException) and not isinstance(cause, ConnectionError):
+            return "protocol"
         cause = cause.__context__
     return next((fault for kinds, fault in FAULTS if isinstance(error, kinds)), None)

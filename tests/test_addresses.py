@@ -198,6 +198,10 @@ def test_what_is_no_public_https_url_is_refused_also_where_loopback_is_allowed(u
         assert "10.0.0.1" not in str(caught.value) and "word" not in str(caught.value)
 
 
+def test_a_token_in_a_targets_path_has_no_repr() -> None:
+    assert "canary" not in repr(parse_target("https://shop.example/canary?token=canary", loopback=False))
+
+
 LOCAL = [
     "http://localhost/", "http://localhost:5001/hook", "https://localhost/", "http://shop.localhost:5001/",
     "http://127.0.0.1:5001/", "https://127.8.9.10/", "http://[::1]:5001/",

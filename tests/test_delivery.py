@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from streamchat import delivery
+from streamchat import delivery, pinned_connection
 from streamchat.attempts import Reply
-from streamchat.delivery import REPLY_BYTES, Courier
+from streamchat.delivery import Courier
 from streamchat.delivery import resolve as resolve_by_system
+from streamchat.pinned_connection import REPLY_BYTES
 from tests.fake_upstream import FakeUpstream, Fin, Hang, Pause, Repeat, Rst, Step, head, tls_pair
 
 ROOT = Path(__file__).parent.parent
@@ -180,19 +181,19 @@ def test_retry_after_comes_with_the_status(plain: FakeUpstream, pair: tuple[ssl.
     assert courier(pair).post(url_of(plain), HEADERS, BODY) == Reply(status=429, retry_after=120.0)
 
 
-# What a receiver sends, over either way: the fault that is told.
+# What a receiver sends, over either way: the fault that is told. TLS may tell a reset as an end.
 HEADER = b"X-More: " + b"x" * 1000 + b"\r\n"
 BROKEN: list[tuple[str, Step, str]] = [
     ("reset", Rst(), "connection"),
     ("closed", Fin(), "connection"),
-    ("cut in the status line", [b"HTTP/1.1 20", Fin()], "protocol connection"),
-    ("cut in the head", [b"HTTP/1.1 200 OK\r\nContent-Len", Fin()], "protocol connection"),
-    ("cut after a header", [b"HTTP/1.1 200 OK\r\nServer: shop\r\n", Fin()], "protocol connection"),
-    ("reset in the head", [b"HTTP/1.1 200 OK\r\n", Pause(0.05), Rst()], "connection"),
-    ("not HTTP", [b"220 smtp.shop.example ESMTP\r\n", Fin()], "protocol connection"),
-    ("an endless head", [b"HTTP/1.1 200 OK\r\n", Repeat(HEADER, 10_000)], "protocol connection"),
-    ("one endless line", [b"HTTP/1.1 200 OK\r\nX-More: ", Repeat(b"x" * 1000, 10_000)], "protocol connection"),
-    ("endless 100s", [Repeat(b"HTTP/1.1 100 Continue\r\n\r\n", 100_000)], "protocol connection"),
+    ("cut in the status line", [b"HTTP/1.1 20", Fin()], "protocol"),
+    ("cut in the head", [b"HTTP/1.1 200 OK\r\nContent-Len", Fin()], "protocol"),
+    ("cut after a header", [b"HTTP/1.1 200 OK\r\nServer: shop\r\n", Fin()], "protocol"),
+    ("reset in the head", [b"HTTP/1.1 200 OK\r\n", Pause(0.05), Rst()], "connection or protocol"),
+    ("not HTTP", [b"220 smtp.shop.example ESMTP\r\n", Fin()], "protocol"),
+    ("an endless head", [b"HTTP/1.1 200 OK\r\n", Repeat(HEADER, 10_000)], "protocol"),
+    ("one endless line", [b"HTTP/1.1 200 OK\r\nX-More: ", Repeat(b"x" * 1000, 10_000)], "protocol"),
+    ("endless 100s", [Repeat(b"HTTP/1.1 100 Continue\r\n\r\n", 100_000)], "protocol"),
 ]  # fmt: skip
 
 
@@ -202,8 +203,23 @@ def test_a_broken_reply_is_no_delivery(
 ) -> None:
     receiver.script = step
     reply = courier(pair).post(url_of(receiver), HEADERS, BODY)
-    assert reply.status is None and not reply.delivered
-    assert reply.fault in fault.split()
+    assert reply.status is None and reply.fault in fault.split()
+    assert not reply.delivered
+
+
+def test_interim_replies_are_not_the_reply(receiver: FakeUpstream, pair: tuple[ssl.SSLContext, Path]) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
+    receiver.script = [b"HTTP/1.1 100 Continue\r\n\r\n", hints, hints, reply_of(200, Retry_After="7")]
+    assert courier(pair).post(url_of(receiver), HEADERS, BODY) == Reply(status=200, retry_after=7.0)
+
+
+def test_a_sloppy_head_is_read_and_neither_it_nor_the_url_is_logged(
+    plain: FakeUpstream, pair: tuple[ssl.SSLContext, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain.script = [b"HTTP/1.1 200 OK\r\nX-One: 1\r\nno header canary\r\n\r\n", Fin()]
+    with caplog.at_level("INFO"):
+        assert courier(pair).post(url_of(plain), HEADERS, BODY) == Reply(status=200)
+    assert caplog.records == []
 
 
 # What never ends: over in the courier's time, and the receiver sees the connection closed.
@@ -252,14 +268,14 @@ def test_of_an_endless_body_no_more_is_read_than_the_limit(
 def count_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all reads off a socket's file from now on."""
     read: list[int] = []
-    readinto = delivery.Bounded.readinto
+    readinto = pinned_connection.Bounded.readinto
 
-    def counted(self: delivery.Bounded, buffer: memoryview) -> int | None:
+    def counted(self: pinned_connection.Bounded, buffer: memoryview) -> int | None:
         count = readinto(self, buffer)
         read.append(count or 0)
         return count
 
-    monkeypatch.setattr(delivery.Bounded, "readinto", counted)
+    monkeypatch.setattr(pinned_connection.Bounded, "readinto", counted)
     return read
 
 
@@ -366,11 +382,11 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The addresses that are connected to from now on; none of them answers."""
     found: list[str] = []
 
-    def dial(_line: delivery.Line, address: str) -> socket.socket:
+    def dial(_line: pinned_connection.Line, address: str) -> socket.socket:
         found.append(address)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(delivery.Line, "_dial", dial)
+    monkeypatch.setattr(pinned_connection.Line, "_dial", dial)
     return found
 
 

@@ -47,7 +47,8 @@ LAYERS = {
     "prompt": Layer(1, "choices_decoder decoder responses_decoder"),
     "access": Layer(1, "errors", "werkzeug"),
     "cancellation": Layer(1, "errors"),
-    "delivery": Layer(2, "addresses attempts cancellation errors", "requests urllib3"),
+    "pinned_connection": Layer(2, "attempts cancellation", "requests urllib3"),
+    "delivery": Layer(2, "addresses attempts cancellation errors pinned_connection", "requests urllib3"),
     "ledger": Layer(1, foreign="blinker"),
     "store": Layer(2, "events ledger"),
     "bookkeeping": Layer(2, "errors events ledger store"),
@@ -127,8 +128,8 @@ ONLY_IN = {
     "gevent": {"gevent_loop"},
     "pydantic": {"client_schema", "schema"},
     "redis": {"redis_link"},
-    "requests": {"delivery"},
-    "urllib3": {"delivery"},
+    "requests": {"delivery", "pinned_connection"},
+    "urllib3": {"delivery", "pinned_connection"},
 }
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))
