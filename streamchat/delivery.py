@@ -125,14 +125,19 @@ class Errand:
         try:
             self._post(ca)
         except Exception as error:
-            fault = _fault_of(error)
-            if fault is None:
-                self.failure = error
-            elif self._cancellation.error is None:  # else our own end of the connection shows as a fault of the peer's
-                self.reply = Reply(fault=fault)
+            self._failed(error)
         finally:
             self._cancellation.drop()
             self.over.set()
+
+    def _failed(self, error: Exception) -> None:
+        if self._cancellation.error is not None or self.reply.status is not None:
+            return  # our own end of the connection, or what comes after the verdict
+        fault = _fault_of(error)
+        if fault is None:
+            self.failure = error
+        else:
+            self.reply = Reply(fault=fault)
 
     def _post(self, ca: str | bool) -> None:
         line = Line(self._look_up(self._target, self._until), self._target.port, self._until, self._cancellation)

@@ -114,6 +114,15 @@ def test_the_certificate_is_asked_for_and_checked_by_the_name(
     assert len(server.requests) == 1
 
 
+def test_an_address_as_host_is_checked_as_one(receiver: FakeUpstream, pair: tuple[ssl.SSLContext, Path]) -> None:
+    sender = Courier(loopback=True, ca=str(pair[1]))
+    assert sender.post(url_of(receiver, "127.0.0.1"), HEADERS, BODY) == Reply(status=204)
+    assert receiver.requests[0].headers["host"] == f"127.0.0.1:{receiver.port}"
+    # Not in the certificate.
+    other = courier(pair).post(url_of(receiver, "127.0.0.2"), HEADERS, BODY)
+    assert other == (Reply(fault="tls") if receiver.tls else Reply(status=204))
+
+
 def test_a_certificate_of_an_unknown_authority_is_a_tls_fault(pair: tuple[ssl.SSLContext, Path]) -> None:
     with FakeUpstream(pair[0]) as server:
         sender = Courier(loopback=True, resolve=answers("127.0.0.1"))
@@ -348,11 +357,14 @@ def test_a_resolver_that_hangs_takes_no_longer_than_the_time_and_nothing_is_sent
     assert plain.requests == []
 
 
+def couriers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "streamchat-webhook"]
+
+
 def join_couriers() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "streamchat-webhook":
-            thread.join(5)
-            assert not thread.is_alive()
+    for thread in couriers():
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_lookups_that_hang_are_only_so_many() -> None:
@@ -374,6 +386,10 @@ def test_lookups_that_hang_are_only_so_many() -> None:
     for thread in threads:
         thread.join()
     assert len(begun) == delivery.LOOKUPS
+    until = time.monotonic() + 5
+    while len(couriers()) > delivery.LOOKUPS and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(couriers()) == delivery.LOOKUPS  # who got no turn has left
     woken.set()
     join_couriers()
 
@@ -422,6 +438,20 @@ def test_a_name_that_flips_between_two_answers_is_asked_for_once_and_its_checked
 def test_the_next_address_is_tried_where_one_refuses(plain: FakeUpstream, pair: tuple[ssl.SSLContext, Path]) -> None:
     sender = Courier(loopback=True, resolve=answers("::1", "127.0.0.1"))  # nobody listens on ::1
     assert sender.post(url_of(plain), HEADERS, BODY).status == 204
+
+
+def test_addresses_that_do_not_answer_are_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    class Silent(socket.socket):
+        def connect(self, _: object) -> None:
+            waits.append(self.gettimeout())
+            raise TimeoutError
+
+    monkeypatch.setattr(socket, "socket", Silent)
+    reply = Courier(resolve=answers(PUBLIC, "2606:4700::1111")).post("https://shop.example/", HEADERS, BODY)
+    assert reply == Reply(fault="timeout")
+    assert waits == [pinned_connection.CONNECT_SECONDS] * 2
 
 
 def test_only_so_many_addresses_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
