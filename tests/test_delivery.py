@@ -91,7 +91,7 @@ def test_the_bytes_and_headers_arrive_as_they_were_given(
     (request,) = receiver.requests
     assert (request.method, request.path, request.raw_body) == ("POST", "/hook?x=1", BODY)
     assert HEADERS.items() <= request.headers.items()
-    assert request.headers["content-type"] == "application/json"
+    assert (request.headers["content-type"], request.headers["connection"]) == ("application/json", "close")
     assert request.headers["host"] == f"localhost:{receiver.port}"
     assert set(request.headers) <= {
         *HEADERS, "host", "content-type", "content-length", "user-agent", "accept", "accept-encoding", "connection",
@@ -329,9 +329,10 @@ def test_a_waiting_courier_that_is_told_to_stop_lets_the_connection_go(
 # --- names -----------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_nobody_knows_is_a_dns_fault() -> None:
+@pytest.mark.parametrize("error", [socket.gaierror(socket.EAI_NONAME, "unknown"), TimeoutError(), UnicodeError()])
+def test_a_name_that_nobody_knows_is_a_dns_fault(error: Exception) -> None:
     def unknown(_host: str, _port: int) -> list[str]:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        raise error
 
     assert Courier(resolve=unknown).post("https://shop.example/", HEADERS, BODY) == Reply(fault="dns")
     assert Courier(resolve=answers()).post("https://shop.example/", HEADERS, BODY) == Reply(fault="dns")
