@@ -158,6 +158,7 @@ def date(seconds: float) -> str:
         ("٣", None),
         ("inf", None),
         ("Wed, 99 Xxx 2026 99:99:99 GMT", None),
+        ("Wed, 01 Jan 99999999999999999999 00:00:00 GMT", None),
     ],
 )
 def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float | None) -> None:
