@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from http.client import HTTPException
 from typing import Any
 
 import requests
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3.exceptions import HTTPError
 
 from .addresses import Target, parse_target
@@ -52,13 +54,13 @@ class Courier:
     """Posts webhooks, from any number of greenlets or threads. Keeps no connection."""
 
     def __init__(
-        self, *, loopback: bool = False, seconds: float = SECONDS, resolve: Resolve = resolve, ca: str | bool = True
+        self, *, loopback: bool = False, seconds: float = SECONDS, resolve: Resolve = resolve, ca: str | None = None
     ) -> None:
         """`ca` is a file of authorities in place of the usual ones."""
         self._loopback = loopback
         self._seconds = seconds
         self._resolve = resolve
-        self._ca = ca
+        self._tls = ssl.create_default_context(cafile=ca or DEFAULT_CA_BUNDLE_PATH)  # once: it takes milliseconds
         self._lookups = threading.BoundedSemaphore(LOOKUPS)
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
@@ -68,7 +70,7 @@ class Courier:
         except ValueError:
             return Reply(fault="target")
         errand = Errand(target, HEADERS | dict(headers), body, self._looked_up, time.monotonic() + self._seconds)
-        worker = threading.Thread(target=errand.run, args=(self._ca,), name="streamchat-webhook", daemon=True)
+        worker = threading.Thread(target=errand.run, args=(self._tls,), name="streamchat-webhook", daemon=True)
         worker.start()
         try:
             errand.over.wait(self._seconds)
@@ -121,9 +123,9 @@ class Errand:
         """Ends the connection, whatever it is doing."""
         self._cancellation.cancel(Interrupted())
 
-    def run(self, ca: str | bool) -> None:
+    def run(self, tls: ssl.SSLContext) -> None:
         try:
-            self._post(ca)
+            self._post(tls)
         except Exception as error:
             self._failed(error)
         finally:
@@ -139,11 +141,11 @@ class Errand:
         else:
             self.reply = Reply(fault=fault)
 
-    def _post(self, ca: str | bool) -> None:
+    def _post(self, tls: ssl.SSLContext) -> None:
         line = Line(self._look_up(self._target, self._until), self._target.port, self._until, self._cancellation)
-        with contextlib.closing(Adapter(line)) as adapter:
+        with contextlib.closing(Adapter(line, tls)) as adapter:
             # Not by a Session: that reads the environment, .netrc among it, and the whole body of a redirect.
-            response = adapter.send(self._request, stream=True, timeout=line.left(), verify=ca)
+            response = adapter.send(self._request, stream=True, timeout=line.left())
             with contextlib.closing(response):
                 if self._cancellation.error is None:
                     retry_after = seconds_of(response.headers.get("Retry-After"), time.time())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import socket
+import ssl
 import time
 from http.client import HTTPException, HTTPResponse
 from typing import Any
@@ -140,9 +141,18 @@ CONNECTIONS = {"http": PinnedConnection, "https": PinnedTlsConnection}
 class Adapter(HTTPAdapter):
     """requests' own, for one POST: its connections go along the line, not to where a name leads."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, tls: ssl.SSLContext) -> None:
         super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
         self._line = line
+        self._tls = tls
+
+    def build_connection_pool_key_attributes(self, *arguments: Any, **options: Any) -> Any:
+        host, tls = super().build_connection_pool_key_attributes(*arguments, **options)
+        return host, tls | ({"ssl_context": self._tls} if host["scheme"] == "https" else {})
+
+    def cert_verify(self, conn: Any, *_: Any, **__: Any) -> None:
+        """The context has its authorities: requests would load them again for every connection."""
+        conn.cert_reqs = "CERT_REQUIRED"
 
     def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*arguments, **options)

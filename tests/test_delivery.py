@@ -540,8 +540,8 @@ def test_under_gevent_faults_end_in_the_same_time_and_hold_nobody_up(
         "/reset": Rst(),
     }
     receiver.choose = lambda request: scripts[request.path]
-    urls = [url_of(receiver, path=path) for path in scripts for _ in range(10)]
-    command = [sys.executable, "-c", GEVENT, json.dumps(urls), "1.0", str(pair[1])]
+    urls = [url_of(receiver, path=path) for path in scripts for _ in range(5)]
+    command = [sys.executable, "-c", GEVENT, json.dumps(urls), "2.0", str(pair[1])]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -553,7 +553,7 @@ def test_under_gevent_faults_end_in_the_same_time_and_hold_nobody_up(
         "/body": [200, None],
         "/reset": [None, "connection"],
     }
-    assert found["told"] == [wanted[path] for path in scripts for _ in range(10)]
-    assert found["took"] < 1.0 + SLACK
-    assert found["longest"] < 0.5
+    assert found["told"] == [wanted[path] for path in scripts for _ in range(5)]
+    assert found["took"] < 2.0 + SLACK
+    assert found["longest"] < 1.0
     assert found["left"] == 0
