@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from .addresses import check_host, parse_target
+from .webhooks import key_of
+
 Check = Callable[[Any], Any]
 
 PARAMS = ("temperature", "top_p", "max_output_tokens")
@@ -147,3 +150,31 @@ def _origin(value: str) -> str:
     if value.lower() != f"{parts.scheme}://{host}{port}":
         raise ValueError
     return value.lower()
+
+
+def webhook_url(value: Any) -> str:
+    """Whether it may lead to this machine is another setting's: STREAMCHAT_WEBHOOK_LOOPBACK."""
+    if value in (None, ""):
+        return ""
+    if not isinstance(value, str):
+        raise ValueError("must be a URL such as https://shop.example/hook")
+    parse_target(value, loopback=True)
+    return value
+
+
+def webhook_secrets(value: Any) -> tuple[str, ...]:
+    listed = names(value)
+    for secret in listed:
+        key_of(secret)
+    return listed
+
+
+def webhook_hosts(value: Any) -> tuple[str, ...]:
+    """Names that are compared with a target's host, and suffixes that begin with a dot."""
+    listed = tuple(host.lower() for host in names(value))
+    for host in listed:
+        try:
+            check_host(host.removeprefix("."), bracketed=":" in host)
+        except ValueError:
+            raise ValueError('must be a list of hosts, such as ["shop.example", ".shop.example"]') from None
+    return listed

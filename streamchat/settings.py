@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from . import checks
+from .addresses import parse_target
 from .checks import Check
 from .errors import SettingsError
 
@@ -86,6 +87,18 @@ class Settings:
     heartbeat: float = _setting(15.0, checks.seconds(0.05, 3600), "Silence after which a heartbeat is written.")
     coalesce_ms: int = _setting(40, checks.whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
     write_timeout: float = _setting(30.0, checks.seconds(1, 3600), "How long a caller may leave a piece unread.")
+    webhook_url: str = _setting(
+        "", checks.webhook_url, "Where webhooks go, such as https://shop.example/hook; none without.", secret=True
+    )
+    webhook_secrets: tuple[str, ...] = _setting(
+        (), checks.webhook_secrets, "What webhooks are signed with, whsec_...; each of several signs.", secret=True
+    )
+    webhook_hosts: tuple[str, ...] = _setting(
+        (),
+        checks.webhook_hosts,
+        "Hosts to which a request may have webhooks sent; .shop.example is all names under it.",
+    )
+    webhook_loopback: bool = _setting(False, checks.flag, "Webhooks may go to this machine, also by http: to try them.")
     grace: float = _setting(
         120.0, checks.seconds(1, 86_400), "Seconds that a stopping worker has; gunicorn's graceful_timeout."
     )
@@ -133,6 +146,18 @@ def _fitting(settings: Settings) -> Settings:
         wanting.append("on_disconnect")
     if wanting and not settings.store_url:
         raise SettingsError(f"{key(wanting[0])} needs {key('store_url')}, such as sqlite:///streamchat.db.")
+    return _webhooks_fitting(settings)
+
+
+def _webhooks_fitting(settings: Settings) -> Settings:
+    if not settings.webhook_secrets and (settings.webhook_url or settings.webhook_hosts):
+        raise SettingsError(
+            f"{key('webhook_url')} and {key('webhook_hosts')} need {key('webhook_secrets')}, such as one that "
+            "streamchat.webhooks.new_secret() makes."
+        )
+    local = settings.webhook_url and parse_target(settings.webhook_url, loopback=True).local
+    if local and not settings.webhook_loopback:
+        raise SettingsError(f"{key('webhook_url')} leads to this machine, which needs {key('webhook_loopback')}.")
     return settings
 
 

@@ -31,8 +31,11 @@ LAYERS = {
     "thread_loop": Layer(0, "waits"),
     "gevent_loop": Layer(0, "waits", "gevent"),
     "loop": Layer(0, "gevent_loop thread_loop waits"),
-    "checks": Layer(1),
-    "settings": Layer(1, "checks errors"),
+    "addresses": Layer(1),
+    "webhooks": Layer(1, foreign="werkzeug"),
+    "attempts": Layer(1),
+    "checks": Layer(1, "addresses webhooks"),
+    "settings": Layer(1, "addresses checks errors"),
     "schema": Layer(1, "checks errors settings", "pydantic"),
     "client_schema": Layer(1, "checks errors schema settings", "pydantic"),
     "encoders": Layer(1, "errors events", "werkzeug"),
@@ -45,6 +48,8 @@ LAYERS = {
     "prompt": Layer(1, "choices_decoder decoder responses_decoder"),
     "access": Layer(1, "errors", "werkzeug"),
     "cancellation": Layer(1, "errors"),
+    "pinned_connection": Layer(2, "attempts cancellation", "requests urllib3"),
+    "delivery": Layer(2, "addresses attempts cancellation errors pinned_connection", "requests urllib3"),
     "ledger": Layer(1, foreign="blinker"),
     "store": Layer(2, "events ledger"),
     "bookkeeping": Layer(2, "errors events ledger store"),
@@ -126,6 +131,8 @@ ONLY_IN = {
     "gevent": {"gevent_loop"},
     "pydantic": {"client_schema", "schema"},
     "redis": {"redis_link"},
+    "requests": {"delivery", "pinned_connection"},
+    "urllib3": {"delivery", "pinned_connection"},
 }
 
 modules = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -50,6 +50,10 @@ DEFAULTS = {
     "STREAMCHAT_STATUS_HOLD": 2,
     "STREAMCHAT_HEARTBEAT": 15,
     "STREAMCHAT_WRITE_TIMEOUT": 30,
+    "STREAMCHAT_WEBHOOK_URL": "",
+    "STREAMCHAT_WEBHOOK_SECRETS": (),
+    "STREAMCHAT_WEBHOOK_HOSTS": (),
+    "STREAMCHAT_WEBHOOK_LOOPBACK": False,
     "STREAMCHAT_GRACE": 120,
 }
 WHOLE = ["MAX_OUTPUT_TOKENS", "MAX_INPUT_CHARS", "MAX_BODY_BYTES", "COALESCE_MS", "MAX_STREAMS", "MAX_RETRIES"]
@@ -57,7 +61,7 @@ SECONDS = [
     "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "IDLE_TIMEOUT", "TOTAL_TIMEOUT",
     "STATUS_HOLD", "HEARTBEAT", "WRITE_TIMEOUT", "GRACE", "LEASE", "RETENTION",
 ]  # fmt: skip
-NAMES = ["MODELS", "PARAMS", "ORIGINS"]
+NAMES = ["MODELS", "PARAMS", "ORIGINS", "WEBHOOK_HOSTS"]
 NOT_A_NUMBER: list[object] = [
     "many",
     "",
@@ -81,6 +85,28 @@ NOT_AN_ORIGIN = [
     "https://other.example?x", "https://other.example#x", "https://user@other.example", "https://*.example",
     "https://other.example:99999", "http://[::1", "https://a b", "",
 ]  # fmt: skip
+NOT_A_TARGET = [
+    "shop.example", "http://shop.example/", "https://", "https://user@shop.example/", "https://shop.example/#x",
+    "https://10.0.0.1/", "https://0x7f000001/", "https://shop/", "ftp://shop.example/", 5, True, ["https://shop.example"],
+]  # fmt: skip
+NOT_A_SECRET = [
+    "whsec_",
+    "whsec_c2hvcnQ=",
+    "c2VjcmV0IHRoYXQgaGFzIG5vIHByZWZpeCBhdCBhbGw=",
+    "whsec_not base64!",
+    "whsec_" + "A" * 100,
+]
+NOT_A_HOST = [
+    "*.shop.example",
+    "https://shop.example",
+    "shop.example/",
+    "shop.example:443",
+    ".",
+    "..",
+    ".com",
+    "127.1",
+    "10.0.0.1",
+]
 NOT_A_FLAG: list[object] = ["true", "false", "yes", "", 1, 0, None, [], 0.0]
 NOT_A_WAY: list[object] = ["slow", "", "AUTO", None, 1, ["auto"]]
 
@@ -104,6 +130,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("PARAMS", ["model"], "temperature"),
     *(("ORIGINS", [value], "https://") for value in NOT_AN_ORIGIN),
     *(("PUBLIC", value, "(?i)true") for value in NOT_A_FLAG),
+    *(("WEBHOOK_LOOPBACK", value, "(?i)true") for value in NOT_A_FLAG),
+    *(("WEBHOOK_HOSTS", [value], "shop.example") for value in NOT_A_HOST),
     *(("HTTP", value, "auto.*fast.*sdk") for value in NOT_A_WAY),
 ]  # fmt: skip
 
@@ -184,6 +212,51 @@ def test_secrets_have_no_repr() -> None:
     assert settings.tokens == (("alice", CANARY),)
     assert CANARY in settings.system_prompt
     assert "canary" not in repr(settings) + str(settings) + f"{settings}"
+
+
+SECRET = "whsec_" + "Y2FuYXJ5LTdmM2E" + "A" * 28
+WEBHOOKS = {
+    "STREAMCHAT_WEBHOOK_URL": f"https://shop.example/hook?token={CANARY}",
+    "STREAMCHAT_WEBHOOK_SECRETS": [SECRET],
+    "STREAMCHAT_WEBHOOK_HOSTS": ["Shop.example", ".shop.example", "93.184.215.14"],
+}
+
+
+def test_webhooks_settings_are_taken_as_they_are_and_their_secrets_have_no_repr() -> None:
+    settings = Settings.from_mapping(WEBHOOKS)
+    assert settings.webhook_url == WEBHOOKS["STREAMCHAT_WEBHOOK_URL"]
+    assert settings.webhook_secrets == (SECRET,)
+    assert settings.webhook_hosts == ("shop.example", ".shop.example", "93.184.215.14")
+    assert CANARY not in repr(settings) and SECRET not in repr(settings)
+    assert Settings.from_mapping({"STREAMCHAT_WEBHOOK_URL": None}).webhook_url == ""
+
+
+@pytest.mark.parametrize("value", NOT_A_TARGET)
+def test_a_bad_webhook_url_is_told_by_key_and_cure_and_never_by_value(value: object) -> None:
+    with pytest.raises(SettingsError, match=r"STREAMCHAT_WEBHOOK_URL must .*, not its value\.$"):
+        Settings.from_mapping(WEBHOOKS | {"STREAMCHAT_WEBHOOK_URL": value})
+
+
+@pytest.mark.parametrize("value", [*NOT_A_SECRET, f"whsec_{CANARY}"])
+def test_a_bad_webhook_secret_is_told_by_key_and_cure_and_never_by_value(value: str) -> None:
+    for given_value in ([value], [SECRET, value], value):
+        with pytest.raises(SettingsError, match="STREAMCHAT_WEBHOOK_SECRETS must") as caught:
+            Settings.from_mapping(WEBHOOKS | {"STREAMCHAT_WEBHOOK_SECRETS": given_value})
+        assert CANARY not in shown(caught.value)
+
+
+@pytest.mark.parametrize("name", ["STREAMCHAT_WEBHOOK_URL", "STREAMCHAT_WEBHOOK_HOSTS"])
+def test_webhooks_need_a_secret(name: str) -> None:
+    with pytest.raises(SettingsError, match="need STREAMCHAT_WEBHOOK_SECRETS"):
+        Settings.from_mapping({name: WEBHOOKS[name]})
+
+
+@pytest.mark.parametrize("url", ["http://localhost:5001/hook", "https://127.0.0.1/", "http://[::1]:5001/"])
+def test_webhooks_go_to_this_machine_only_where_that_is_said(url: str) -> None:
+    with pytest.raises(SettingsError, match="needs STREAMCHAT_WEBHOOK_LOOPBACK"):
+        Settings.from_mapping(WEBHOOKS | {"STREAMCHAT_WEBHOOK_URL": url})
+    given_too = WEBHOOKS | {"STREAMCHAT_WEBHOOK_URL": url, "STREAMCHAT_WEBHOOK_LOOPBACK": True}
+    assert Settings.from_mapping(given_too).webhook_url == url
 
 
 def test_tokens_may_be_a_list_without_names() -> None:

@@ -5,8 +5,9 @@ import { createInterface } from "node:readline";
 import * as aiSdk from "./ai_sdk.mjs";
 import * as openai from "./openai.mjs";
 import * as parser from "./parser.mjs";
+import * as webhooks from "./webhooks.mjs";
 
-const JOBS = { ...aiSdk, ...openai, ...parser };
+const JOBS = { ...aiSdk, ...openai, ...parser, ...webhooks };
 const SECONDS = 30;
 
 function late() {
