@@ -37,7 +37,7 @@ LONGEST = 60.0  # seconds of a probe that is no silence
 CUT_PIECES = 3
 CUT_INTERVAL = 0.05
 FLOOD_PIECES, FLOOD_PIECE = 384, 65_536  # 24 MB: with Linux's defaults, kernels on the way take up to 9 MB of it
-FLOOD_NOTED = 16  # pieces after which it is noted how far the flood is
+FLOOD_NOTED = 8  # pieces after which it is noted how far the flood is
 GAP_SPARE = 5.0  # seconds by which the silence is longer than the one between two heartbeats
 
 

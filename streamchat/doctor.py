@@ -37,7 +37,9 @@ class CouldNotTest(Exception):
     """There is no verdict; the text says what to do."""
 
 
+PROBLEM = "application/problem+json"  # what the app refuses with
 REASONS = {
+    400: "The probe was refused: --gap must not be longer than STREAMCHAT_TOTAL_TIMEOUT there.",
     401: "The token was refused: SECRET_KEY must be the same here and there, and the clocks within five minutes.",
     403: "The address is closed to this machine: conf/nginx.conf opens it to the machine of nginx alone.",
     404: "There is nothing: is it the blueprint's address with its prefix, and is STREAMCHAT_DIAGNOSTICS on there?",
@@ -132,7 +134,7 @@ class Doctor:
             yield response, clock
 
     def _stream(self, accept: str, probe: dict[str, Any], longer: float = 0.0, strict: bool = True) -> Stream:
-        """Reads one to its end. Raises CouldNotTest if it is refused; but for `strict=False`, where that is told."""
+        """Reads one to its end. Raises CouldNotTest if it is refused; but for `strict=False`, where what hops say is told."""
         chunks: list[tuple[float, bytes]] = []
         status, http, fields, fault = 0, "", {}, ""
         clock = Clock()
@@ -140,7 +142,7 @@ class Doctor:
             with self._opened(accept, probe, self._timeout + longer) as (response, clock):
                 status, http = response.status_code, response.http_version
                 fields = {name.lower(): value for name, value in response.headers.items()}
-                if strict:
+                if strict or fields.get("content-type") == PROBLEM:
                     _check(status, response.headers)
                 sent = clock.sent
                 chunks.extend((time.monotonic() - sent, chunk) for chunk in response.iter_bytes())

@@ -48,11 +48,14 @@ def _delivered(check: str, stream: Stream, seen: Measured) -> Verdict:
         words = f"{len(stream.came)} of {seen.pieces} came, then the answer ended{fault} after {stream.ended:.1f} s"
         return Verdict(check, BROKEN, words, "silence" if stream.fault else "swallowed")
     level, words = _timing(stream, seen)
-    if level == BROKEN and "x-accel-buffering" not in stream.headers:
-        words += "; X-Accel-Buffering was lost on the way: one nginx behind another keeps it from the first"
-    elif level == BROKEN:
-        words += "; X-Accel-Buffering: no came through: a hop ignores it, or knows it not"
+    words += _buffering(stream) if level == BROKEN else ""
     return Verdict(check, level, words, "" if level == OK else "buffered")
+
+
+def _buffering(stream: Stream) -> str:
+    if "x-accel-buffering" not in stream.headers:
+        return "; X-Accel-Buffering was lost on the way: an nginx behind another keeps it from that one"
+    return "; X-Accel-Buffering: no came through: a hop ignores it, or knows it not"
 
 
 def _timing(stream: Stream, seen: Measured) -> tuple[str, str]:
@@ -77,7 +80,7 @@ def _backpressure(seen: Measured) -> Iterator[Verdict]:
         yield Verdict(check, ADVICE, words)
     elif not flood.stopped:
         words = "a hop buffers: it takes the answer all the same, the app sees nothing, and the model goes on"
-        yield Verdict(check, BROKEN, words, "buffered")
+        yield Verdict(check, BROKEN, words + _buffering(_first(seen)), "buffered")
     elif seen.flood_unasked.stopped is False:
         words = "a hop buffers, though not these answers, for X-Accel-Buffering: no alone"
         yield Verdict(check, ADVICE, words, "buffered")
