@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,7 @@ class Doctor:
             silence = pool.submit(self._stream, SSE, {"probe": "silence", "seconds": gap}, gap, strict=False)
             departure = pool.submit(self._departure)
             paced: dict[str, Future[Stream]] = {kind: pool.submit(self._paced, kind) for kind in FORMATS}
+            wait(paced.values())  # a flood keeps the server busy
             flood, unasked = (pool.submit(self._flood, accel) for accel in (True, False))
             cut, lapse = (pool.submit(self._stream, TEXT, {"probe": name}) for name in ("cut", "lapse"))
             encodings = {kind: pool.submit(self._encoding, kind) for kind in FORMATS}
@@ -122,11 +123,11 @@ class Doctor:
 
     @contextmanager
     def _opened(
-        self, accept: str, probe: dict[str, Any], wait: float, encodings: str = READABLE
+        self, accept: str, probe: dict[str, Any], longest: float, encodings: str = READABLE
     ) -> Iterator[tuple[httpx2.Response, Clock]]:
         clock = Clock()
         headers = {"Accept": accept, "Accept-Encoding": encodings}
-        timeout = httpx2.Timeout(self._timeout, read=wait)
+        timeout = httpx2.Timeout(self._timeout, read=longest)
         extensions = {"trace": clock}
         with self._client.stream(
             "POST", self._address, json=probe, headers=headers, timeout=timeout, extensions=extensions
@@ -134,7 +135,7 @@ class Doctor:
             yield response, clock
 
     def _stream(self, accept: str, probe: dict[str, Any], longer: float = 0.0, strict: bool = True) -> Stream:
-        """Reads one to its end. Raises CouldNotTest if it is refused; but for `strict=False`, where what hops say is told."""
+        """Reads one to its end. Raises CouldNotTest if it is refused; a hop's own status only if `strict`."""
         chunks: list[tuple[float, bytes]] = []
         status, http, fields, fault = 0, "", {}, ""
         clock = Clock()

@@ -12,8 +12,8 @@ from .remedies import seen_proxies
 OK, ADVICE, BROKEN = "ok", "advice", "broken"
 
 LUMPED_PART = 0.25  # of the pieces: more than that is no noise of the machine
-HELD_SECONDS = 0.2  # what half of the pieces are late by on a way that holds each back until the next
-SLOW_SECONDS = 0.08  # a hop that waits for more before it sends; half of what a person notices
+HELD_PART = 0.5  # of an interval: half of the pieces are later than the promptest by that, which the end has flushed
+SLOW_SECONDS = 0.15  # all of them: a slow opening, or a hop that waits for more
 FLOOD_MB = 24
 FILES_A_STREAM, OTHER_FILES = 2, 256  # as in conf/gunicorn.conf.py
 
@@ -64,7 +64,7 @@ def _timing(stream: Stream, seen: Measured) -> tuple[str, str]:
     numbers = f"p50 {_ms(middle)}, p99 {_ms(quantile(delays, 0.99))}, {lumped} of {len(stream.came)} lumped"
     if lumped > LUMPED_PART * len(stream.came):
         return BROKEN, f"held back and delivered together: {numbers}"
-    if middle > HELD_SECONDS:
+    if middle - min(delays) > HELD_PART * seen.interval:
         return BROKEN, f"each held back: {numbers}"
     return (ADVICE, f"late: {numbers}") if middle > SLOW_SECONDS else (OK, f"as they were made: {numbers}")
 
@@ -174,7 +174,7 @@ def _departure(seen: Measured) -> Iterator[Verdict]:
     left = seen.departure
     if left.state == "left" and left.after is not None:
         level = OK if left.after <= 1.0 else ADVICE
-        yield Verdict("hang-up", level, f"noticed after {_ms(left.after)}", "" if level == OK else "hangup")
+        yield Verdict("hang-up", level, f"noticed in {_ms(left.after)}", "" if level == OK else "hangup")
     elif left.state == "unknown":
         words = "not known: the machine that served the stream could not be asked"
         yield Verdict("hang-up", ADVICE, words, "hangup")

@@ -89,8 +89,11 @@ IN_FOURS = tuple(number // 4 * 0.4 + 0.4 for number in range(20))
 CASES: dict[str, tuple[Measured, list[tuple[str, str, str]]]] = {
     "all at the end": (with_paced(paced(came=ALL_AT_ONCE)), [(PIECES, BROKEN, "buffered")]),
     "in fours": (with_paced(paced(came=IN_FOURS)), [(PIECES, BROKEN, "buffered")]),
-    "each held until the next": (with_paced(paced(late=0.25)), [(PIECES, BROKEN, "buffered")]),
-    "a little late": (with_paced(paced(late=0.12)), [(PIECES, ADVICE, "buffered")]),
+    "each held until the next": (
+        with_paced(paced(came=tuple(min(at + 0.1, MADE[-1]) for at in MADE))),
+        [(PIECES, BROKEN, "buffered")],
+    ),
+    "all late": (with_paced(paced(late=0.3)), [(PIECES, ADVICE, "buffered")]),
     "on a long line": (changed(round_trip=0.3, paced={SSE: paced(late=0.3)}), []),
     "broken off": (
         with_paced(paced(came=MADE[:5], whole=False, fault="ReadError")),
