@@ -37,6 +37,7 @@ class CouldNotTest(Exception):
     """There is no verdict; the text says what to do."""
 
 
+ONE_AT_A_TIME = "Its workers are gunicorn's sync ones, with one answer at a time: start it with conf/gunicorn.conf.py."
 PROBLEM = "application/problem+json"  # what the app refuses with
 REASONS = {
     400: "The probe was refused: --gap must not be longer than STREAMCHAT_TOTAL_TIMEOUT there.",
@@ -63,6 +64,8 @@ class Doctor:
         try:
             with httpx2.Client(headers=self._headers) as self._client:
                 report, round_trip = self._report()
+                if report.get("worker") == "sync":
+                    raise CouldNotTest(ONE_AT_A_TIME)
                 return self._measured(report, round_trip, gap or report["settings"]["heartbeat"] + 5.0)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise CouldNotTest(f"{type(error).__name__}: {error}") from None

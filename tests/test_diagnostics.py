@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from streamchat.diagnostics import (
     make_token,
 )
 from streamchat.errors import Unauthorized
+from streamchat.gevent_loop import holders_of_originals
 from streamchat.inspection import worker_class
 from streamchat.loop import late_modules
 from tests.fake_upstream import FakeUpstream
@@ -321,6 +324,15 @@ def test_a_server_is_known_by_what_it_says(environ: dict[str, Any], found: str) 
 
 def test_nothing_is_late_where_gevent_replaces_nothing() -> None:
     assert late_modules() == []
+
+
+def test_a_package_that_keeps_what_gevent_replaced_is_named_once() -> None:
+    early, later = ModuleType("early"), ModuleType("later")
+    vars(early)["mine"] = socket.socket  # nothing is replaced in this process: the original is what there is
+    found = holders_of_originals(
+        {"early": early, "early.deep": early, "later": later, "gevent.of": early, "ssl": early}
+    )
+    assert found == ["early"]
 
 
 def test_every_kind_of_probe_is_told_apart() -> None:
