@@ -160,7 +160,7 @@ def post_worker_init(worker: Any) -> None:
     from streamchat.extension import end_worker, follow_worker
 
     most = max(1, worker.worker_connections * ANSWERS_OF_TEN // 10)
-    follow_worker(worker.wsgi, lambda: not worker.alive, most, graceful_timeout - MARGIN)
+    follow_worker(worker.wsgi, lambda: not worker.alive, most, graceful_timeout - MARGIN, worker.worker_connections)
     if hasattr(worker, "timeout_ctx"):  # the gevent worker's way to wait for a request
         worker.timeout_ctx = lambda: RequestTimeout(worker.cfg.keepalive, False)
         gevent.spawn(end_idle_connections, worker)

@@ -54,7 +54,6 @@ class Answer:
         self._error: StreamChatError | None = None
         self._goes_on = self._released = False
         self._warned = False  # that the answer cannot be resumed; or nobody was told that it could
-        self._ends_in_log = True
         self._settings = settings
         self._encoder = encoder
         self._live = live
@@ -239,8 +238,9 @@ class Answer:
         first, events = self._seq, self._noted(events)
         encode = self._encoder.encode
         pieces = [encode(seq, event) for seq, event in enumerate(events, first)]
-        if self._sheet is not None and not self._warned:
-            pieces[-1] = self._warning_due(events[-1]) + pieces[-1]
+        if self._sheet is not None and not self._warned and (trouble := self._sheet.trouble()):
+            self._warned = True
+            pieces[-1] = self._encoder.warn("not_resumable", trouble) + pieces[-1]
         return b"".join(pieces)
 
     def _noted(self, events: list[Event]) -> list[Event]:
@@ -252,18 +252,8 @@ class Answer:
             last = events[-1]
             self._sheet.extend(events[:-1] if isinstance(last, Finish) else events)
             if isinstance(last, Finish):
-                self._ends_in_log = self._sheet.end(last, ending_of(self._record(), last), HOLD)
+                self._sheet.end(last, ending_of(self._record(), last), HOLD)
         return events
-
-    def _warning_due(self, last: Event) -> bytes:
-        if isinstance(last, Finish) and not self._ends_in_log:
-            message = "The log does not have the end of this answer yet."
-        elif self._sheet is not None and self._sheet.lost:
-            message = "This answer can no longer be resumed: the log does not keep up."
-        else:
-            return b""
-        self._warned = True
-        return self._encoder.warn("not_resumable", message)
 
     def _end(self, error: StreamChatError) -> None:
         if self.tally.outcome is None:

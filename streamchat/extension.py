@@ -33,14 +33,21 @@ class StreamChat:
         app.register_blueprint(create_blueprint(**{**self._options, **options}), url_prefix=prefix)
 
 
-def follow_worker(application: Any, is_stopping: Callable[[], bool], most: int, drain_seconds: float) -> None:
+def follow_worker(
+    application: Any,
+    is_stopping: Callable[[], bool],
+    most: int,
+    drain_seconds: float,
+    connections: int | None = None,
+) -> None:
     """Tells every mount in a WSGI application, wrapped by middleware or not, about its worker.
 
     `is_stopping` says whether the worker has been told to stop, `most` how many answers it may run at a time; those
-    that still run `drain_seconds` after the stop end with the error `draining`.
+    that still run `drain_seconds` after the stop end with the error `draining`. `connections` is
+    what the worker takes at a time, for the doctor to tell.
     """
     for mount in mounts_of(application):
-        mount.follow(is_stopping, most, drain_seconds)
+        mount.follow(is_stopping, most, drain_seconds, connections)
 
 
 def end_worker(application: Any, beat: Callable[[], None]) -> None:

@@ -6,8 +6,9 @@ The only file that imports gevent, and it is imported only where gevent is in us
 from __future__ import annotations
 
 import select
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import gevent
@@ -22,6 +23,22 @@ TICK = 0.1  # seconds; how late a wait may end: far below every time limit that 
 
 def is_patched() -> bool:
     return bool(monkey.is_module_patched("socket"))
+
+
+# A socket that blocks the whole worker, and the TLS whose calls fail with a TypeError.
+REPLACED = {"socket": "socket", "ssl": "SSLContext"}
+
+
+def holders_of_originals(modules: Mapping[str, object]) -> list[str]:
+    """Top packages with a module that has the original of what gevent replaced: it was imported too early."""
+    originals = [monkey.get_original(module, name) for module, name in REPLACED.items()]
+    holders = {
+        name.partition(".")[0]
+        for name, module in modules.items()
+        for held in list(getattr(module, "__dict__", {}).values())
+        if any(held is original for original in originals)
+    }
+    return sorted(holders - sys.stdlib_module_names - {"gevent", "_socket", "__main__"})
 
 
 class GeventLoop:

@@ -10,7 +10,17 @@ import sys
 from .thread_loop import ThreadLoop
 from .waits import NEVER, Bell, Lane, Loop, Waiter
 
-__all__ = ["NEVER", "Bell", "Lane", "Loop", "ThreadLoop", "Waiter", "choose_loop"]
+__all__ = ["NEVER", "Bell", "Lane", "Loop", "ThreadLoop", "Waiter", "choose_loop", "late_modules"]
+
+
+def late_modules() -> list[str]:
+    """The modules that were imported before gevent's patch and keep what it replaced; none where it is not used."""
+    if "gevent" in sys.modules:
+        from .gevent_loop import holders_of_originals, is_patched
+
+        if is_patched():
+            return holders_of_originals(dict(sys.modules))
+    return []
 
 
 def choose_loop() -> Loop:

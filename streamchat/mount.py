@@ -19,6 +19,7 @@ from flask import Flask, Request
 from .access import user_of_token
 from .admission import Admission
 from .answer import Answer
+from .diagnostics import MOST_PROBES
 from .encoders import Encoder
 from .errors import NotFound, SettingsError, StreamChatError, Unauthorized
 from .hangup import Caller
@@ -67,6 +68,8 @@ class Process:
         )
         store = open_store(settings, self.loop)
         self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
+        self.probes = threading.BoundedSemaphore(MOST_PROBES)
+        self.connections: int | None = None  # what the worker takes at a time, where its server says so
 
     def close(self) -> None:
         if self.log is not None:
@@ -235,9 +238,12 @@ class Mount:
                 logger.exception("a hook of the application failed")
         return error.detail
 
-    def follow(self, is_stopping: Callable[[], bool], most: int, drain_seconds: float) -> None:
+    def follow(
+        self, is_stopping: Callable[[], bool], most: int, drain_seconds: float, connections: int | None = None
+    ) -> None:
         """Called by conf/gunicorn.conf.py in each worker: warms up, caps, and listens for the end."""
         process = self.process
+        process.connections = connections
         process.live.most = min(process.live.most, most)
         process.live.follow(is_stopping, drain_seconds)
         if self.hooks.client_factory is None:

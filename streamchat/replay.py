@@ -108,11 +108,11 @@ class Replay:
             return
         except StreamChatError as error:
             failure = error
-        if isinstance(failure, CallerGone) or not self._encoder.in_band:
-            self.caller.break_off()
-        else:
+        if isinstance(failure, Gap) and self._encoder.in_band:
             yield self._failed(failure)
             self.caller.settle()
+        else:  # it is the reader's trouble, not the answer's: a cut is what makes readers come back for the rest
+            self.caller.break_off()
 
     def _told_whole(self) -> Iterator[bytes]:
         """A fault of our own is an end like others."""
@@ -124,7 +124,8 @@ class Replay:
             raise broken(self.kept.id, error) from None
 
     def _failed(self, error: StreamChatError) -> bytes:
-        return self._encoder.encode(self._next, Failure(error.code, self._words(error), error.retryable))
+        """Under the seq that the reader has, to come back for the next."""
+        return self._encoder.encode(max(0, self._next - 1), Failure(error.code, self._words(error), error.retryable))
 
     def _pieces(self) -> Iterator[bytes]:
         """Raises the StreamChatError that the answer ended with where the format cannot say it, or that reading met."""

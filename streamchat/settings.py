@@ -78,6 +78,9 @@ class Settings:
     gateway: bool = _setting(
         False, checks.flag, "POST /v1/chat/completions and GET /v1/models answer OpenAI's own clients."
     )
+    diagnostics: bool = _setting(
+        False, checks.flag, "POST /diagnostics/stream lets `flask streamchat doctor` test the way to this app."
+    )
     connect_timeout: float = _setting(5.0, checks.seconds(0.01, 600), "Longest wait for a connection, all addresses.")
     first_token_timeout: float = _setting(120.0, checks.seconds(0.01, 86_400), "Longest wait for the first piece.")
     idle_timeout: float = _setting(60.0, checks.seconds(0.01, 86_400), "Longest silence between two pieces.")

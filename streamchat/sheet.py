@@ -108,6 +108,12 @@ class Sheet:
             for each, event in enumerate(events, seq):
                 tell(each, event)
 
+    def trouble(self) -> str:
+        """What the caller is to be told of the log; "" where all is well."""
+        if self.ending is not None and not self._written.is_set():
+            return "The log does not have the end of this answer yet."
+        return "This answer can no longer be resumed: the log does not keep up." if self.lost else ""
+
     def take(self) -> int:
         """Makes a batch of what waits, unless one is on its way; its size."""
         with self._lock:

@@ -17,6 +17,7 @@ from .hangup import Caller
 from .ledger import Record
 from .mount import Hooks, Mount
 from .page import add_page
+from .probing import diagnostics_stream
 from .reading import RESUMABLE, cancel_response, chat_stream, replayed, response, response_stream
 from .responses import ANSWER, EXTENSION, current_mount, identify, in_dialect, streamed, teardown
 from .schema import ChatRequest
@@ -54,6 +55,8 @@ def create_blueprint(
         if made.settings.gateway:
             state.add_url_rule("/v1/chat/completions", "chat_completions", decorated(chat_completions), **asking)
             state.add_url_rule("/v1/models", "models", decorated(models))
+        if made.settings.diagnostics:
+            state.add_url_rule("/diagnostics/stream", "diagnostics_stream", diagnostics_stream, methods=["POST"])
         cast(Flask, state.app).cli.commands.setdefault(str(commands.name), commands)
 
     def decorated(view: Callable[..., Any]) -> Callable[..., Any]:

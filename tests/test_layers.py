@@ -98,14 +98,24 @@ LAYERS = {
     "replay": Layer(3, "cancellation encoders ending errors events hangup live log loop settings store tail"),
     "document": Layer(3, "ending events store"),
     "admission": Layer(3, "answer errors log order schema settings store tally"),
+    "departures": Layer(1),
+    "inspection": Layer(3, "live loop settings"),
+    "diagnostics": Layer(3, "cancellation departures encoders errors events hangup live", "itsdangerous"),
     "mount": Layer(
         4,
-        "access admission answer encoders errors hangup ledger live log loop order prompt schema settings store stores"
-        " upstream",
+        "access admission answer diagnostics encoders errors hangup ledger live log loop order prompt schema settings"
+        " store stores upstream",
         "flask",
     ),
     "spending": Layer(3, "store"),
-    "cli": Layer(4, "errors loop mount settings spending store stores", "click flask"),
+    "measurements": Layer(1),
+    "remedies": Layer(1),
+    "findings": Layer(2, "measurements remedies"),
+    "diagnosis": Layer(3, "findings measurements remedies"),
+    "doctor": Layer(2, "measurements", "httpx2"),
+    "cli": Layer(
+        4, "diagnosis diagnostics doctor errors loop mount settings spending store stores", "click flask"
+    ),
     "page": Layer(4, "mount", "flask"),
     "responses": Layer(5, "access dialects encoders errors hangup mount", "flask werkzeug"),
     "reading": Layer(
@@ -113,16 +123,21 @@ LAYERS = {
         "client_encoders dialects document encoders ending errors events hangup mount replay responses store",
         "flask",
     ),
+    "probing": Layer(
+        5,
+        "departures diagnostics dialects encoders errors hangup inspection mount responses",
+        "flask werkzeug",
+    ),
     "views": Layer(
         5,
-        "cli dialects errors hangup ledger mount page reading responses schema upstream",
+        "cli dialects errors hangup ledger mount page probing reading responses schema upstream",
         "flask werkzeug",
     ),
     "extension": Layer(6, "mount responses views", "flask"),
     "__init__": Layer(7, "errors extension ledger schema settings views"),
 }  # fmt: skip
 # Names that only one module may touch.
-VIEWS = {"reading", "responses", "views"}
+VIEWS = {"probing", "reading", "responses", "views"}
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
 ONLY_IN = {
     "openai": {"faults", "template", "upstream"},
