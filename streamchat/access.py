@@ -78,18 +78,19 @@ def cors_headers(origin: str | None) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Credentials": "true",
-        "Access-Control-Expose-Headers": "X-Response-Id, X-Stream-Resumable, Retry-After, Location",
+        "Access-Control-Expose-Headers": "X-Response-Id, X-Stream-Resumable, Idempotency-Replayed, Retry-After, Location",
         "Vary": "Origin",
     }
 
 
-def preflight_headers(origin: str | None) -> dict[str, str]:
-    """The answer to a page's OPTIONS before its POST."""
+def preflight_headers(origin: str | None, method: str = "POST") -> dict[str, str]:
+    """The answer to a page's OPTIONS before its request."""
+    allowed = f"{method}, OPTIONS"
     if origin is None:
-        return {"Allow": "POST, OPTIONS"}
+        return {"Allow": allowed}
     return cors_headers(origin) | {
-        "Allow": "POST, OPTIONS",
-        "Access-Control-Allow-Methods": "POST, OPTIONS",
+        "Allow": allowed,
+        "Access-Control-Allow-Methods": allowed,
         "Access-Control-Allow-Headers": (
             "Authorization, Content-Type, Accept, X-CSRFToken, Last-Event-ID, Idempotency-Key"
         ),

@@ -73,12 +73,12 @@ def in_dialect(dialect: Dialect, view: Callable[[Mount, str, Dialect], Response]
         headers.update(cors_headers(origin))
         return _preflight(origin) if request.method == "OPTIONS" else view(mount, answer_id, dialect)
     except StreamChatError as error:
-        return told(mount, error, answer_id, dialect)
+        return told(mount, error, headers["X-Response-Id"], dialect)
     except HTTPException as exception:
         aborted = from_abort(exception)
         if aborted is None:
             raise
-        return told(mount, aborted, answer_id, dialect)
+        return told(mount, aborted, headers["X-Response-Id"], dialect)
 
 
 def _named(names: Sequence[str]) -> dict[str, str]:
@@ -87,7 +87,8 @@ def _named(names: Sequence[str]) -> dict[str, str]:
 
 
 def _preflight(origin: str | None) -> Response:
-    response = Response(status=204, headers=preflight_headers(origin))
+    methods = request.url_rule.methods if request.url_rule is not None else None
+    response = Response(status=204, headers=preflight_headers(origin, "GET" if "GET" in (methods or ()) else "POST"))
     del response.headers["Content-Type"]  # of nothing: WSGI forbids it
     return response
 

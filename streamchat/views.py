@@ -65,12 +65,13 @@ def create_blueprint(
         return view
 
     asking: dict[str, Any] = {"methods": ["POST", "OPTIONS"], "provide_automatic_options": False}
+    reading: dict[str, Any] = asking | {"methods": ["GET", "OPTIONS"]}
     blueprint.record(mount)
     blueprint.add_url_rule("/get-response", "get_response", decorated(get_response), **asking)
     blueprint.add_url_rule("/chat", "chat", decorated(chat), **asking)
-    blueprint.add_url_rule("/chat/<path:chat_id>/stream", "chat_stream", decorated(chat_stream))
-    blueprint.add_url_rule("/responses/<id>", "response", decorated(response))
-    blueprint.add_url_rule("/responses/<id>/stream", "response_stream", decorated(response_stream))
+    blueprint.add_url_rule("/chat/<path:chat_id>/stream", "chat_stream", decorated(chat_stream), **reading)
+    blueprint.add_url_rule("/responses/<id>", "response", decorated(response), **reading)
+    blueprint.add_url_rule("/responses/<id>/stream", "response_stream", decorated(response_stream), **reading)
     blueprint.add_url_rule("/responses/<id>/cancel", "cancel_response", decorated(cancel_response), **asking)
     blueprint.add_url_rule("/healthz", "healthz", healthz)
     if page:

@@ -62,3 +62,15 @@ def test_an_answer_whose_end_was_never_written_is_not_called_told(shop: Shop, ev
     assert status != 204
     assert b'"gap"' in body
     assert content_type in ("application/problem+json", "text/event-stream; charset=utf-8")
+
+
+@pytest.mark.parametrize("path", ["/api/responses/resp_1", "/api/responses/resp_1/stream", "/api/chat/c1/stream"])
+def test_another_sites_page_may_ask_whether_it_may_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    with open_shop(origins=["https://other.example"]) as shop:
+        asked = {"Origin": "https://other.example", "Access-Control-Request-Method": "GET"}
+        response = shop.app.test_client().options(path, headers=asked)
+    assert response.status_code == 204
+    assert response.headers["Access-Control-Allow-Methods"] == "GET, OPTIONS"
+    assert "Last-Event-ID" in response.headers["Access-Control-Allow-Headers"]
+    assert "Idempotency-Replayed" in response.headers["Access-Control-Expose-Headers"]
