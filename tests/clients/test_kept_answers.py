@@ -107,16 +107,17 @@ def of_any(read: Read) -> tuple[int, str, bytes, bool]:
 def test_an_answer_of_the_log_is_what_its_first_caller_read(
     case: str, api: str, keepers: dict[str, Server], upstream: FakeUpstream
 ) -> None:
-    """Again in the format in which it was asked for, and in each of the others."""
+    """Again in the format in which it was asked for; our own formats in each other, too."""
     live = {name: ask(keepers[api], name, case, f"{case}, {name}") for name in FORMATS}
     assert not any(read.replayed for read in live.values())
     for name in FORMATS:
         again = ask(keepers[api], name, case, f"{case}, {name}")
         assert (again.replayed, again.id) == (True, live[name].id)
         assert again.told == live[name].told
-        other = ask(keepers[api], name, case, f"{case}, events.ndjson")
-        assert (other.replayed, other.id) == (True, live["events.ndjson"].id)
-        assert of_any(other) == of_any(live[name])
+        if question(name, case)[0] == "/api/get-response":  # another route has another body
+            other = ask(keepers[api], name, case, f"{case}, events.ndjson")
+            assert (other.replayed, other.id) == (True, live["events.ndjson"].id)
+            assert of_any(other) == of_any(live[name])
     assert len(upstream.requests) == len(FORMATS)
 
 
