@@ -11,7 +11,7 @@ from .opening import Source
 from .settings import Settings
 from .tally import Tally
 
-MANY_EVENTS = 16  # in one read: the upstream is ahead, and there is more to take than one read brings
+MANY_EVENTS = 6  # in one read: the upstream is ahead, and there is more to take than one read brings
 EAGER_PIECES = 3  # the first ones are never held back to be joined with others
 
 

@@ -32,7 +32,8 @@ def _values(event: Event) -> list[Any]:
         usage = event.usage
         counted = [usage.input_tokens, usage.output_tokens, usage.estimated] if usage else None
         return [event.finish_reason, counted]
-    return [getattr(event, name) for name in event.__slots__]
+    values = [getattr(event, name) for name in event.__slots__]
+    return values[:-2] if values[-2:] == [0, None] else values  # the first choice, without logprobs: nearly every piece
 
 
 def unpack(payload: bytes) -> list[Event]:
@@ -47,7 +48,10 @@ def _event(kind: str, *values: Any) -> Event:
     if kind == Finish.type:
         reason, counted = values
         return Finish(reason, Usage(*counted) if counted else None)
-    return KINDS[kind](*values)
+    event = KINDS[kind](*values)
+    if not isinstance(getattr(event, "choice", 0), int):
+        raise TypeError
+    return event
 
 
 @dataclass(frozen=True, slots=True)

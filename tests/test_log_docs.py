@@ -159,7 +159,7 @@ def test_the_warning_of_the_page_is_the_one_that_is_sent() -> None:
     assert shown
     message = json.loads(shown[1])["message"]
     assert f"event: warning\ndata: {shown[1]}\n\n".encode() == SseEncoder().warn("not_resumable", message)
-    assert f'"{message}"' in (DOCS.parent / "streamchat" / "answer.py").read_text()
+    assert f'"{message}"' in (DOCS.parent / "streamchat" / "sheet.py").read_text()
 
 
 def test_the_sizes_and_times_of_the_page_are_the_code_s() -> None:

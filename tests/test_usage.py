@@ -200,7 +200,13 @@ def test_a_time_that_is_none_is_refused_with_examples(when: str, upstream: FakeU
 def test_the_help_says_what_each_option_is(upstream: FakeUpstream, file: str) -> None:
     with shop_with(file) as shop:
         lists, usage, prune = (printed(shop.app, *command, "--help") for command in ((), ("usage",), ("prune",)))
-    assert [line.split()[0] for line in lists if re.match(r"  [a-z]", line)] == ["prune", "settings", "usage"]
+    assert [line.split()[0] for line in lists if re.match(r"  [a-z]", line)] == [
+        "doctor",
+        "doctor-token",
+        "prune",
+        "settings",
+        "usage",
+    ]
     for word in ("--since WHEN", "--by [user|model|day]", "--csv", "--mount NAME", "30d", "24h"):
         assert word in "\n".join(usage)
     assert "STREAMCHAT_RETENTION" in "\n".join(prune)

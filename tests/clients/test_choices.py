@@ -18,7 +18,7 @@ from tests.clients.node import Node
 from tests.clients.test_openai_clients import ask_of, client
 from tests.clients.upstream import FAULTS
 from tests.fake_upstream import FakeUpstream
-from tests.live.servers import Server
+from tests.live.servers import Server, wait_for
 
 USAGE = {"prompt_tokens": 19, "completion_tokens": 10, "total_tokens": 29}
 
@@ -167,8 +167,9 @@ def test_answers_leave_one_record(node: Node, server: Server) -> None:
     path = f"{server.url}/api/v1/chat/completions"
     response = requests.post(path, json=ask_of("two answers", n=2, stream=True), timeout=10)
     assert response.text.endswith("data: [DONE]\n\n")
-    lines = [line for line in server.log.splitlines() if f"id={response.headers['X-Response-Id']}" in line]
-    (line,) = lines
+    id = f"id={response.headers['X-Response-Id']}"
+    wait_for(lambda: id in server.log, what="the record")  # it is written when the caller has all
+    (line,) = [line for line in server.log.splitlines() if id in line]
     assert "outcome=completed" in line and "output_tokens=10" in line
 
 

@@ -34,6 +34,7 @@ def authorize(request: Request) -> str | None:
 def create_app() -> Flask:
     app = Flask(__name__)
     app.config.update(read_environ(os.environ))
+    app.config.setdefault("STREAMCHAT_MAX_STREAMS_PER_USER", 0)  # all its callers are one user
     app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{os.environ['SHOP_DATABASE']}"
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = POOL
     database.init_app(app)

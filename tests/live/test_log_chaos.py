@@ -11,7 +11,7 @@ import pytest
 from tests.live.log_chaos import chaos, servers_over
 from tests.live.pair import STORES
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.long]
 
 ENDINGS = 200
 KILLS = 3

@@ -21,7 +21,7 @@ from tests.live.servers import Server, gunicorn, wait_for
 from tests.redis_server import RedisServer
 from tests.sqlite_lock import locked
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.long]
 
 CALLERS = 4
 BEFORE = 0.4  # seconds of a stream before the trouble begins
