@@ -78,7 +78,9 @@ def cors_headers(origin: str | None) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Credentials": "true",
-        "Access-Control-Expose-Headers": "X-Response-Id, X-Stream-Resumable, Idempotency-Replayed, Retry-After, Location",
+        "Access-Control-Expose-Headers": (
+            "X-Response-Id, X-Stream-Resumable, Idempotency-Replayed, Retry-After, Location"
+        ),
         "Vary": "Origin",
     }
 
