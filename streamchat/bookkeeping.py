@@ -1,18 +1,18 @@
-"""What every store reckons alike: what of a batch is new, and how an answer ends whose producer died. Does no I/O."""
+"""What every store reckons alike: what of a batch is new, how an answer ends that nobody makes. Does no I/O."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from .errors import Interrupted
+from .envelopes import enclose
+from .errors import Cancelled, Interrupted, StreamChatError
 from .events import Failure
 from .ledger import Record
-from .store import Batch, Ending, Limits, pack, unpack
+from .store import Batch, Ending, Limits, Status, pack, unpack
 
 DAY = 86400  # seconds; a budget's day is UTC's, and an Idempotency-Key is kept for as long
 CHARS_A_TOKEN = 4  # as where an upstream does not count
 PACKED_CHARS = 11  # of an event's payload that are not its text: ["text",""],
-LAST_EVENT = Failure(Interrupted.code, Interrupted.text, Interrupted.retryable)
 
 
 def midnight(at: float) -> float:
@@ -45,35 +45,57 @@ def unseen(batch: Batch, seq: int) -> Batch | None:
     return replace(batch, first=seq, count=batch.count - known, payload=payload)
 
 
-def last_batch(id: str, seq: int) -> Batch:
-    """The event that tells readers that the producer died."""
-    return Batch(id, seq, 1, pack([LAST_EVENT]))
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A live answer that nobody makes any more: `events` of it are kept, in `size` bytes."""
+
+    id: str
+    user: str | None
+    model: str
+    created_at: float
+    events: int = 0
+    size: int = 0
+    queue: str = ""
+    target: str = ""
 
 
-def orphan_ending(
-    id: str, user: str | None, model: str, started: float, ended: float, events: int, size: int
-) -> Ending:
-    """The end of an answer whose producer died after `events` events of `size` bytes.
+def interrupted(answer: Unfinished, now: float) -> tuple[Batch, Ending]:
+    """How an answer ends whose producer died. What is written is the same, whoever does so."""
+    return _ended(answer, now, Interrupted(), "failed")
 
-    Its tokens are estimated from what was kept. What the model read, and what the producer had not yet written down,
+
+def withdrawn(answer: Unfinished, now: float) -> tuple[Batch, Ending]:
+    """How an answer ends that was stopped in its queue."""
+    return _ended(answer, now, Cancelled(), "cancelled")
+
+
+def _ended(answer: Unfinished, now: float, error: StreamChatError, status: Status) -> tuple[Batch, Ending]:
+    event = Failure(error.code, error.detail, error.retryable)
+    ending = Ending(answer.id, status, _record(answer, now, error.code), error=error.code)
+    batch = Batch(answer.id, answer.events, 1, pack([event]))
+    return batch, enclose(ending, event, answer.queue, answer.target)
+
+
+def _record(answer: Unfinished, now: float, outcome: str) -> Record:
+    """Tokens are estimated from what was kept. What the model read, and what the producer had not yet written down,
     nobody knows any more.
     """
-    record = Record(
-        id=id,
-        user=user,
-        model=model,
-        started=started,
+    events = answer.events
+    return Record(
+        id=answer.id,
+        user=answer.user,
+        model=answer.model,
+        started=answer.created_at,
         first_piece=None,
-        duration=max(0.0, ended - started),
-        outcome=Interrupted.code,
+        duration=max(0.0, now - answer.created_at),
+        outcome=outcome,
         finish_reason=None,
         pieces=max(0, events - 1),
         input_tokens=0,
-        output_tokens=max(0, size - events * PACKED_CHARS) // CHARS_A_TOKEN,
-        estimated=True,
+        output_tokens=max(0, answer.size - events * PACKED_CHARS) // CHARS_A_TOKEN,
+        estimated=outcome == Interrupted.code,
         attempts=1 if events else 0,
         upstream_status=None,
         upstream_request_id=None,
         upstream_code=None,
     )
-    return Ending(id, "failed", record, error=Interrupted.code)

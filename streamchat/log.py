@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from .bookkeeping import LAST_EVENT, orphan_ending
+from .bookkeeping import Unfinished, interrupted
 from .cancellation import Cancellation
-from .errors import Cancelled, LeaseLost, StoreDown
+from .errors import Cancelled, Interrupted, LeaseLost, StoreDown
+from .events import Failure
 from .lease import Lease
 from .loop import Loop
 from .sheet import Sheet
@@ -28,6 +29,7 @@ MOST_OF_GROUP = 4 << 20  # bytes of one transaction
 MOST_ABANDONED = 1000  # answers that a silent store may have, and whose end is still to be told
 PRUNE_AFTER = 5.0  # seconds after the first answer, which has other things to do
 PRUNE_EVERY = 60.0  # seconds from the end of one to the next
+LAST_EVENT = Failure(Interrupted.code, Interrupted.text, Interrupted.retryable)
 CLOSE_WITHIN = 2.5  # seconds: more than the 2 in which a store answers
 
 
@@ -99,8 +101,8 @@ class Log:
     def _abandon(self, sheet: Sheet, asked: Entry) -> None:
         """The store may have the answer that it said nothing about: it is told the end, to give back slot and key."""
         if len(self._dirty) < MOST_ABANDONED:
-            now = time.time()
-            sheet.end(LAST_EVENT, orphan_ending(asked.id, asked.user, asked.model, asked.created_at, now, 0, 0), 0)
+            _, ending = interrupted(Unfinished(asked.id, asked.user, asked.model, asked.created_at), time.time())
+            sheet.end(LAST_EVENT, ending, 0)
         else:
             self.running.pop(sheet.id, None)
 

@@ -10,38 +10,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from .bookkeeping import DAY, is_over, last_batch, midnight, needs_count, orphan_ending, unseen
+from .bookkeeping import DAY, interrupted, is_over, midnight, needs_count, unseen, withdrawn
 from .errors import BudgetExhausted, IdempotencyMismatch, LeaseLost, TooManyStreams
 from .ledger import Record
+from .memory_answers import MemoryAnswer, kept_of, unfinished
 from .memory_listener import MemoryListener
-from .store import LIVE, Batch, Ending, Entry, Kept, Limits, Spent, Status
-
-
-@dataclass(slots=True)
-class _Answer:
-    entry: Entry
-    status: Status
-    batches: list[Batch] = field(default_factory=list)
-    ending: Ending | None = None
-    ended_at: float = 0.0  # Unix time
-    attended_at: float | None = None
-    is_cancelled: bool = False
-
-    @property
-    def is_live(self) -> bool:
-        return self.status in LIVE
-
-    @property
-    def next(self) -> int:
-        return self.batches[-1].last + 1 if self.batches else 0
-
-    @property
-    def size(self) -> int:
-        return sum(len(batch.payload) for batch in self.batches)
+from .memory_outbox import MemoryOutbox
+from .store import MOST_CLAIMS, NEVER, Batch, Ending, Entry, Kept, Limits, Spent
 
 
 class MemoryStore:
@@ -52,10 +31,11 @@ class MemoryStore:
         self._clock = clock
         self._changed = threading.Condition()
         self._owners: dict[str, float] = {}  # when their leases end
-        self._answers: dict[str, _Answer] = {}  # in the order of their admission
+        self._answers: dict[str, MemoryAnswer] = {}  # in the order of their admission
         self._keys: dict[tuple[str | None, str], Entry] = {}
         self._ledger: dict[str, Record] = {}
         self._listeners: set[MemoryListener] = set()
+        self.outbox = MemoryOutbox(self._changed, self._living)
 
     def take_lease(self) -> str:
         owner = f"owner_{secrets.token_hex(8)}"
@@ -82,27 +62,53 @@ class MemoryStore:
                         raise IdempotencyMismatch()
                     return known.id
             self._check_limits(entry, limits)
-            self._answers.setdefault(entry.id, _Answer(entry, entry.status))
+            owner = "" if entry.status == "queued" else entry.owner
+            self._answers.setdefault(entry.id, MemoryAnswer(entry, entry.status, owner=owner))
             if entry.key is not None:
                 self._keys[entry.user, entry.key] = entry
             return entry.id
+
+    def claim(self, owner: str, queue: str, most: int, before: float = NEVER, id: str | None = None) -> list[Entry]:
+        with self._changed:
+            self._check(owner)
+            waiting = [
+                answer
+                for answer in self._answers.values()
+                if answer.status == "queued"
+                and not answer.owner
+                and answer.entry.queue == queue
+                and (answer.entry.created_at < before if id is None else answer.entry.id == id)
+            ]
+            taken = sorted(waiting, key=lambda answer: answer.entry.created_at)[:most]
+            for answer in taken:
+                answer.owner, answer.claims = owner, answer.claims + 1
+            return [replace(answer.entry, owner=owner) for answer in taken]
+
+    def begin(self, owner: str, id: str) -> bool:
+        with self._changed:
+            self._check(owner)
+            answer = self._answers.get(id)
+            if answer is None or answer.owner != owner or answer.status != "queued":
+                return False
+            answer.status = "in_progress"
+            return True
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
         with self._changed:
             self._check(owner)
             for batch in batches:
                 answer = self._answers.get(batch.id)
-                if answer is not None and answer.is_live and answer.entry.owner == owner:
+                if answer is not None and answer.is_live and answer.owner == owner:
                     self._append(answer, batch)
             for ending in endings:
                 answer = self._answers.get(ending.id)
-                if answer is not None and answer.is_live and answer.entry.owner == owner:
+                if answer is not None and answer.is_live and answer.owner == owner:
                     self._end(answer, ending)
 
     def find(self, id: str) -> Kept | None:
         with self._changed:
             answer = self._answers.get(id)
-            return None if answer is None else _kept(answer)
+            return None if answer is None else kept_of(answer)
 
     def latest(self, user: str, chat: str) -> str | None:
         with self._changed:
@@ -124,7 +130,9 @@ class MemoryStore:
     def cancel(self, id: str) -> None:
         with self._changed:
             answer = self._answers.get(id)
-            if answer is not None and answer.is_live:
+            if answer is not None and answer.status == "queued":
+                self._finish(answer, *withdrawn(unfinished(answer), time.time()))
+            elif answer is not None and answer.is_live:
                 answer.is_cancelled = True
                 self._changed.notify_all()
 
@@ -143,14 +151,14 @@ class MemoryStore:
         with self._changed:
             for owner in self._owners.keys() - self._living():
                 del self._owners[owner]
-            orphans = [each for each in self._answers.values() if each.is_live and each.entry.owner not in self._owners]
+            lost = [each for each in self._answers.values() if each.is_live and each.owner not in self._owners]
+            lost = [each for each in lost if each.owner]
+            again = [each for each in lost if each.status == "queued" and each.claims < MOST_CLAIMS]
+            for answer in again:
+                answer.owner = ""
+            orphans = [answer for answer in lost if answer.owner]
             for answer in orphans:
-                entry, now = answer.entry, time.time()
-                ending = orphan_ending(
-                    entry.id, entry.user, entry.model, entry.created_at, now, answer.next, answer.size
-                )
-                self._append(answer, last_batch(entry.id, answer.next))
-                self._end(answer, ending)
+                self._finish(answer, *interrupted(unfinished(answer), time.time()))
             return [answer.entry.id for answer in orphans]
 
     def usage(self, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
@@ -168,6 +176,7 @@ class MemoryStore:
             for user in {each.entry.user for each in self._answers.values()} - {None}:
                 self._forget(_above([each for each in self._ended() if each.entry.user == user], bytes_per_user))
             self._forget(_above(self._ended(), bytes_in_all))
+            self.outbox.forget(now - retention)
             self._keys = {key: entry for key, entry in self._keys.items() if entry.created_at > now - DAY}
             return before - len(self._answers)
 
@@ -176,10 +185,13 @@ class MemoryStore:
             entries = [answer.entry for answer in self._running()]
             return {
                 "live": len(entries),
+                "queued": sum(answer.status == "queued" for answer in self._answers.values()),
                 "reserved": sum(entry.reserve for entry in entries),
                 "owners": len(self._living()),
                 "answers": len(self._answers),
                 "bytes": sum(answer.size for answer in self._answers.values()),
+                "waiting": self.outbox.count("waiting"),
+                "dead": self.outbox.count("dead"),
             }
 
     def close(self) -> None:
@@ -193,10 +205,10 @@ class MemoryStore:
         if owner not in self._living():
             raise LeaseLost()
 
-    def _running(self) -> list[_Answer]:
-        """What counts for limits: an answer whose owner is dead holds no slot."""
-        living = self._living()
-        return [answer for answer in self._answers.values() if answer.is_live and answer.entry.owner in living]
+    def _running(self) -> list[MemoryAnswer]:
+        """What counts for limits: an answer whose owner is dead holds no slot, one that waits in a queue does."""
+        living = self._living() | {""}
+        return [answer for answer in self._answers.values() if answer.is_live and answer.owner in living]
 
     def _check_limits(self, entry: Entry, limits: Limits) -> None:
         of_user, of_all, of_day = needs_count(limits, entry.user)
@@ -212,7 +224,7 @@ class MemoryStore:
         records = [each for each in self._ledger.values() if each.user == entry.user and each.started >= since]
         return sum(record.input_tokens + record.output_tokens for record in records)
 
-    def _append(self, answer: _Answer, batch: Batch) -> None:
+    def _append(self, answer: MemoryAnswer, batch: Batch) -> None:
         new = unseen(batch, answer.next)
         if new is None:
             return
@@ -221,19 +233,22 @@ class MemoryStore:
             listener.tell(new)
         self._changed.notify_all()
 
-    def _end(self, answer: _Answer, ending: Ending) -> None:
+    def _finish(self, answer: MemoryAnswer, last: Batch, ending: Ending) -> None:
+        self._append(answer, last)
+        self._end(answer, ending)
+
+    def _end(self, answer: MemoryAnswer, ending: Ending) -> None:
         answer.status, answer.ending, answer.ended_at = ending.status, ending, time.time()
         self._ledger.setdefault(ending.record.id, ending.record)
+        self.outbox.put(ending.letter)
 
     def _stopped(self, owner: str) -> set[str]:
-        return {
-            id for id, each in self._answers.items() if each.is_cancelled and each.is_live and each.entry.owner == owner
-        }
+        return {id for id, each in self._answers.items() if each.is_cancelled and each.is_live and each.owner == owner}
 
-    def _ended(self) -> list[_Answer]:
+    def _ended(self) -> list[MemoryAnswer]:
         return sorted((each for each in self._answers.values() if not each.is_live), key=lambda each: each.ended_at)
 
-    def _forget(self, answers: Iterable[_Answer]) -> None:
+    def _forget(self, answers: Iterable[MemoryAnswer]) -> None:
         for answer in answers:
             del self._answers[answer.entry.id]
 
@@ -256,7 +271,7 @@ def _spent(name: str, records: Sequence[Record]) -> Spent:
     )
 
 
-def _above(answers: Sequence[_Answer], cap: int) -> list[_Answer]:
+def _above(answers: Sequence[MemoryAnswer], cap: int) -> list[MemoryAnswer]:
     """The first ones, until the rest is within the cap."""
     total, found = sum(answer.size for answer in answers), []
     for answer in answers:
@@ -265,20 +280,3 @@ def _above(answers: Sequence[_Answer], cap: int) -> list[_Answer]:
         found.append(answer)
         total -= answer.size
     return found
-
-
-def _kept(answer: _Answer) -> Kept:
-    entry, ending = answer.entry, answer.ending
-    return Kept(
-        id=entry.id,
-        user=entry.user,
-        chat=entry.chat,
-        model=entry.model,
-        created_at=entry.created_at,
-        status=answer.status,
-        owner=entry.owner,
-        next=answer.next,
-        finish_reason=ending.finish_reason if ending else None,
-        usage=ending.usage if ending else None,
-        error=ending.error if ending else None,
-    )

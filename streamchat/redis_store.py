@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from . import redis_scripts as lua
-from .bookkeeping import last_batch, orphan_ending, unseen
+from .bookkeeping import Unfinished, interrupted, unseen
 from .errors import (
     BudgetExhausted,
     IdempotencyMismatch,
@@ -164,9 +164,8 @@ class RedisStore:
         if kept is None or size is None:
             return False
         now = time.time()
-        ending = orphan_ending(id, kept.user, kept.model, kept.created_at, now, kept.next, int(size))
-        payload = last_batch(id, kept.next).payload
-        return bool(self._run(lua.BURY, id, kept.owner, kept.next, payload, *_settled(ending), self._keep))
+        last, ending = interrupted(Unfinished(id, kept.user, kept.model, kept.created_at, kept.next, int(size)), now)
+        return bool(self._run(lua.BURY, id, kept.owner, kept.next, last.payload, *_settled(ending), self._keep))
 
     def usage(self, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
         sums: dict[str, Counter[str]] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from .bookkeeping import last_batch, orphan_ending
+from .bookkeeping import Unfinished, interrupted
 from .sqlite_file import unbound
 from .sqlite_leases import Leases
 from .sqlite_schema import Connection
@@ -51,8 +51,7 @@ class Orphan:
     bytes: int
 
     def last(self, now: float) -> tuple[Batch, Ending]:
-        ending = orphan_ending(self.id, self.user, self.model, self.created_at, now, self.next, self.bytes)
-        return last_batch(self.id, self.next), ending
+        return interrupted(Unfinished(self.id, self.user, self.model, self.created_at, self.next, self.bytes), now)
 
 
 def has_orphans(connection: Connection, leases: Leases) -> bool:

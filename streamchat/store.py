@@ -12,9 +12,12 @@ from typing import Any, Literal, Protocol
 
 from .events import ChoiceEnd, Event, Failure, Finish, Reasoning, Refusal, Start, Text, ToolCall, Usage
 from .ledger import Record
+from .letters import Letter, Outbox
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
 LIVE: tuple[Status, ...] = ("queued", "in_progress")
+MOST_CLAIMS = 5  # of one answer: what ends its process each time before it is asked for, would end the next, too
+NEVER = float("inf")
 
 KINDS: dict[str, type[Event]] = {
     kind.type: kind for kind in (Start, Text, Reasoning, Refusal, ToolCall, ChoiceEnd, Finish, Failure)
@@ -70,7 +73,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What admission holds a user and the whole service to; 0 is no limit. Only answers of live owners count.
+    """What admission holds a user and the whole service to; 0 is no limit. Only answers of live owners count, and
+    those that wait in a queue.
 
     Without a user only `streams` holds. A budget's day is that of the entry's `created_at` and the records' `started`.
     """
@@ -82,7 +86,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An answer that asks to be admitted. `key` and `fingerprint` are of its Idempotency-Key and body."""
+    """An answer that asks to be admitted. `key` and `fingerprint` are of its Idempotency-Key and body.
+
+    One with the status `queued` waits in `queue` until a process claims it; until then nobody owns it. `request` says
+    what is to be asked then, `target` where a webhook tells its end.
+    """
 
     id: str
     owner: str
@@ -94,11 +102,14 @@ class Entry:
     fingerprint: str | None = None
     reserve: int = 0  # tokens
     status: Status = "in_progress"
+    queue: str = ""
+    request: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The final state of an answer, written in one transaction with its last events and its ledger record."""
+    """The final state of an answer, written in one transaction with its last events, its record and its letter."""
 
     id: str
     status: Status
@@ -106,6 +117,7 @@ class Ending:
     finish_reason: str | None = None
     usage: Usage | None = None
     error: str | None = None  # the code
+    letter: Letter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +174,9 @@ class Store(Protocol):
     renewal by the store's own clock (SQLite: CLOCK_MONOTONIC and the boot id; Redis: TIME), and never lives again.
     """
 
+    @property
+    def outbox(self) -> Outbox: ...
+
     def take_lease(self) -> str:
         """A new owner: random, alive from now on."""
 
@@ -177,6 +192,18 @@ class Store(Protocol):
         It is another one than entry.id where the same user gave the same key and fingerprint within 24 h. Raises
         IdempotencyMismatch for the same key with another fingerprint, TooManyStreams, BudgetExhausted, LeaseLost.
         Entries without a user share one scope of keys. A key outlives an answer that was pruned.
+        """
+
+    def claim(self, owner: str, queue: str, most: int, before: float = NEVER, id: str | None = None) -> list[Entry]:
+        """Takes the oldest answers that wait in a queue and were admitted before a Unix time; or only that one.
+
+        They are as they were admitted, with the new owner, still queued. Raises LeaseLost.
+        """
+
+    def begin(self, owner: str, id: str) -> bool:
+        """Says that a claimed answer is asked for from now on: nobody else will. False where it has ended meanwhile.
+
+        Raises LeaseLost.
         """
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
@@ -198,7 +225,10 @@ class Store(Protocol):
     def listen(self, owner: str) -> Listener: ...
 
     def cancel(self, id: str) -> None:
-        """Tells the owner of a live answer; its listener hears of it within 1 s. Nothing for others. Idempotent."""
+        """Tells the owner of a live answer; its listener hears of it within 1 s. Nothing for others. Idempotent.
+
+        One that is queued ends at once, claimed or not: with the event `cancelled`, a record and its letter.
+        """
 
     def attend(self, ids: Collection[str]) -> None:
         """Says that somebody reads these answers now."""
@@ -209,8 +239,9 @@ class Store(Protocol):
     def reap(self) -> list[str]:
         """Ends what belongs to dead owners, each once. The ids.
 
-        Each gets an `error` event `interrupted` under its next seq, status failed and a ledger record of outcome
-        `interrupted`, and gives back slot and reserve. No model is asked.
+        One that is still queued waits in its queue again, unless it was claimed MOST_CLAIMS times. Each other gets an
+        `error` event `interrupted` under its next seq, status failed, a ledger record of outcome `interrupted` and its
+        letter, and gives back slot and reserve. No model is asked.
 
         Listeners hear of the event as of any other.
         """
@@ -221,10 +252,12 @@ class Store(Protocol):
     def prune(self, retention: float, bytes_per_user: int, bytes_in_all: int) -> int:
         """Forgets ended answers older than `retention` seconds, and the oldest ended ones above a cap (0: none).
 
-        Live answers and the ledger stay. How many answers went.
+        Live answers, the ledger, and letters that were not delivered stay. How many answers went.
         """
 
     def gauges(self) -> Mapping[str, int]:
-        """`live` answers, `reserved` tokens, `owners` that live, `answers` and `bytes` kept: for tests and metrics."""
+        """For tests and metrics: `live` answers, `queued` ones among them, `reserved` tokens, `owners` that live,
+        `answers` and `bytes` kept, letters that are `waiting`, and `dead` ones.
+        """
 
     def close(self) -> None: ...

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from streamchat.bookkeeping import DAY, is_over, midnight, needs_count, orphan_ending, unseen
-from streamchat.events import Text
+from streamchat.bookkeeping import DAY, Unfinished, interrupted, is_over, midnight, needs_count, unseen, withdrawn
+from streamchat.events import Failure, Text
 from streamchat.store import Batch, Limits, pack, unpack
 
 
@@ -38,8 +40,23 @@ def test_what_was_seen_is_taken_off_a_batch(seq: int, kept: str) -> None:
 
 def test_an_orphan_is_charged_for_what_was_kept_of_it() -> None:
     payload = pack([Text("word") for _ in range(100)])
-    record = orphan_ending("resp_1", "ann", "m", 100.0, 107.0, 100, len(payload)).record
+    record = interrupted(Unfinished("resp_1", "ann", "m", 100.0, 100, len(payload)), 107.0)[1].record
     assert (record.outcome, record.estimated, record.duration) == ("interrupted", True, 7.0)
     assert 100 <= record.output_tokens <= 125
-    nothing = orphan_ending("resp_1", "ann", "m", 100.0, 99.0, 0, 0).record
+    nothing = interrupted(Unfinished("resp_1", "ann", "m", 100.0), 99.0)[1].record
     assert (nothing.output_tokens, nothing.pieces, nothing.attempts, nothing.duration) == (0, 0, 0, 0.0)
+
+
+def test_who_stops_an_answer_in_its_queue_pays_nothing() -> None:
+    last, ending = withdrawn(Unfinished("resp_1", "ann", "m", 100.0), 107.0)
+    assert (last.first, unpack(last.payload)) == (0, [Failure("cancelled", "The answer was stopped.", False)])
+    assert (ending.status, ending.error, ending.letter) == ("cancelled", "cancelled", None)
+    assert (ending.record.outcome, ending.record.output_tokens, ending.record.estimated) == ("cancelled", 0, False)
+
+
+def test_whoever_finds_an_answer_without_a_producer_writes_the_same_letter() -> None:
+    orphan = Unfinished("resp_1", "ann", "m", 100.0, 3, 90, "jobs", "https://shop.example/hook")
+    (_, one), (_, other) = interrupted(orphan, 107.0), interrupted(orphan, 107.0)
+    assert one.letter is not None and one.letter == other.letter
+    assert (one.letter.queue, one.letter.target, one.letter.state) == ("jobs", "https://shop.example/hook", "waiting")
+    assert json.loads(one.letter.body)["type"] == "response.failed"

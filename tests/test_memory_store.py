@@ -6,10 +6,11 @@ import pytest
 
 from streamchat.memory_store import MemoryStore
 
+from .queue_contract import QueueContract
 from .store_contract import LEASE, Clock, ClockContract, StoreContract
 
 
-class TestMemoryStore(ClockContract, StoreContract):
+class TestMemoryStore(QueueContract, ClockContract, StoreContract):
     @pytest.fixture
     def store(self, clock: Clock) -> MemoryStore:
         return MemoryStore(LEASE, clock)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from streamchat.bookkeeping import orphan_ending
+from streamchat.bookkeeping import Unfinished, interrupted
 from streamchat.events import Event, Failure, Finish, Start, Text
 from streamchat.store import Batch, Ending, Entry, Limits, Status, pack
 from tests.shop import SSE, Shop, open_shop, sse_events
@@ -32,7 +32,7 @@ def keep(shop: Shop, events: list[Event], status: Status = "completed") -> None:
     owner = store.take_lease()
     store.admit(Entry(ID, owner, None, "m", STARTED), Limits())
     batches = [Batch(ID, 0, len(events), pack(events))] if events else []
-    record = replace(orphan_ending(ID, None, "m", STARTED, STARTED, len(events), 0).record, outcome=status)
+    record = replace(interrupted(Unfinished(ID, None, "m", STARTED, len(events)), STARTED)[1].record, outcome=status)
     store.write(owner, batches, [Ending(ID, status, record, "stop")])
 
 
