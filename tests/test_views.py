@@ -845,7 +845,7 @@ def test_no_fault_shows_key_organisation_address_or_prompt(
         shop.wait_records(len(scripts))
     logged = "\n".join(logging.Formatter().format(record) for record in caplog.records if record.name == "streamchat")
     assert len(logged.splitlines()) == len(scripts)
-    for secret in (KEY, ORGANISATION, PROMPT, upstream.base_url, str(upstream.port)):
+    for secret in (KEY, ORGANISATION, PROMPT, upstream.base_url, f":{upstream.port}"):
         assert secret not in seen
         assert secret not in logged
 
