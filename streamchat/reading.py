@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import time
 
-from flask import Response, request
+from flask import Response, request, url_for
 
 from .client_encoders import UI_ENCODERS
 from .dialects import OWN, UI, Dialect
 from .document import document
 from .encoders import Encoder, choose_encoder
 from .ending import error_of
-from .errors import InvalidRequest, StreamChatError
+from .errors import InvalidRequest, NotFound, StreamChatError
 from .events import ENDS, Event, Failure, Start
 from .hangup import Caller
 from .mount import Mount
@@ -141,6 +141,19 @@ def _ended(mount: Mount, kept: Kept) -> Kept:
         time.sleep(CANCEL_STEP)
         kept = mount.log.store.find(kept.id) or kept
     return kept
+
+
+def accepted(mount: Mount, id: str, own_id: str) -> Response:
+    """202 for an answer that a worker makes, and where it can be read. As it is now where its key was given before."""
+    kept = mount.log.find(id)
+    if kept is None:  # pruned since
+        raise NotFound
+    response = _told_whole(mount, kept)
+    response.status_code = 202
+    response.headers["Location"] = url_for(".response", id=id)
+    if id != own_id:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
 
 
 def _told_whole(mount: Mount, kept: Kept) -> Response:

@@ -36,7 +36,7 @@ LAYERS = {
     "attempts": Layer(1),
     "checks": Layer(1, "addresses webhooks"),
     "settings": Layer(1, "addresses checks errors"),
-    "schema": Layer(1, "checks errors settings", "pydantic"),
+    "schema": Layer(1, "addresses checks errors settings", "pydantic"),
     "client_schema": Layer(1, "checks errors schema settings", "pydantic"),
     "encoders": Layer(1, "errors events", "werkzeug"),
     "client_encoders": Layer(1, "encoders events"),
@@ -92,12 +92,13 @@ LAYERS = {
     "log": Layer(2, "bookkeeping cancellation errors events lease loop sheet store tail"),
     "opening": Layer(3, "cancellation events loop"),
     "tally": Layer(3, "events ledger"),
-    "order": Layer(3, "errors prompt"),
-    "ending": Layer(3, "errors events ledger store"),
+    "order": Layer(3, "errors events prompt"),
+    "ending": Layer(3, "envelopes errors events ledger order store"),
     "pull": Layer(3, "errors events loop opening settings tally"),
     "answer": Layer(
         3,
-        "cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet tally",
+        "cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet store"
+        " tally",
     ),
     "replay": Layer(3, "cancellation encoders ending errors events hangup live log loop settings store tail"),
     "document": Layer(3, "ending events store"),
@@ -105,12 +106,21 @@ LAYERS = {
     "departures": Layer(1),
     "inspection": Layer(3, "live loop settings"),
     "diagnostics": Layer(3, "cancellation departures encoders errors events hangup live", "itsdangerous"),
+    "hooks": Layer(3, "ledger schema upstream", "flask"),
     "mount": Layer(
         4,
-        "access admission answer diagnostics encoders errors hangup ledger live log loop order prompt schema settings"
-        " store stores upstream",
+        "access admission answer diagnostics encoders errors hangup hooks ledger live log loop order prompt schema"
+        " settings store stores upstream",
         "flask",
     ),
+    "jobs": Layer(3, "prompt"),
+    "sender": Layer(3, "attempts delivery errors letters log loop settings webhooks"),
+    "background": Layer(
+        4,
+        "cancellation encoders ending errors hangup jobs live log loop mount order schema sender sheet store",
+        "flask",
+    ),
+    "worker": Layer(5, "background errors mount", "flask"),
     "spending": Layer(3, "store"),
     "measurements": Layer(1),
     "remedies": Layer(1),
@@ -134,7 +144,7 @@ LAYERS = {
     ),
     "views": Layer(
         5,
-        "cli dialects errors hangup ledger mount page probing reading responses schema upstream",
+        "background cli dialects errors hangup hooks ledger mount page probing reading responses schema upstream",
         "flask werkzeug",
     ),
     "extension": Layer(6, "mount responses views", "flask"),
