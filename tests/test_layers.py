@@ -67,11 +67,15 @@ LAYERS = {
     "sqlite_file": Layer(2, "errors ledger loop sqlite_schema"),
     "sqlite_leases": Layer(2, "errors sqlite_schema"),
     "sqlite_listener": Layer(2, "sqlite_file sqlite_schema store"),
-    "sqlite_upkeep": Layer(2, "bookkeeping sqlite_file sqlite_leases sqlite_schema store"),
+    "sqlite_taking": Layer(2, "sqlite_file sqlite_leases sqlite_schema"),
+    "sqlite_queue": Layer(2, "sqlite_file sqlite_leases sqlite_schema store"),
+    "sqlite_outbox": Layer(2, "attempts letters sqlite_file sqlite_leases sqlite_schema sqlite_taking"),
+    "sqlite_endings": Layer(2, "bookkeeping ledger sqlite_file sqlite_outbox sqlite_schema store"),
+    "sqlite_upkeep": Layer(2, "sqlite_endings sqlite_file sqlite_leases sqlite_outbox sqlite_schema store"),
     "sqlite_store": Layer(
         2,
-        "bookkeeping errors events ledger loop sqlite_file sqlite_leases sqlite_listener sqlite_schema sqlite_upkeep"
-        " store",
+        "bookkeeping errors events loop sqlite_endings sqlite_file sqlite_leases sqlite_listener sqlite_outbox"
+        " sqlite_queue sqlite_schema sqlite_taking sqlite_upkeep store",
     ),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
