@@ -23,7 +23,7 @@ from .tail import Tail, Tails
 
 logger = logging.getLogger("streamchat")
 
-GATHER = 0.05  # seconds: half of what the log may be behind the caller
+GATHER = 0.07  # seconds; with the writing less than the 0.1 that the log may be behind the caller
 AGAIN = 0.1  # seconds until the store is asked again after it failed
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction

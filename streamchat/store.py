@@ -23,11 +23,19 @@ KINDS: dict[str, type[Event]] = {
     kind.type: kind for kind in (Start, Text, Reasoning, Refusal, ToolCall, ChoiceEnd, Finish, Failure)
 }
 _dumps = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode  # lone surrogates pass as escapes
+_quoted = json.encoder.encode_basestring_ascii
 
 
 def pack(events: Sequence[Event]) -> bytes:
     """Events as one JSON array of arrays: the type, then the fields in their order."""
-    return _dumps([[event.type, *_values(event)] for event in events]).encode("ascii")
+    # Nearly every event is a piece of the first choice's text: a third of the time of writing a log went into `_dumps`.
+    packed = [
+        f'["text",{_quoted(event.text)}]'
+        if type(event) is Text and not event.choice and event.logprobs is None
+        else _dumps([event.type, *_values(event)])
+        for event in events
+    ]
+    return f"[{','.join(packed)}]".encode("ascii")
 
 
 def _values(event: Event) -> list[Any]:
