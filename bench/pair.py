@@ -14,20 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.live.servers import ROOT, Server, gunicorn, nginx, wait_for
+from tests.live.servers import ROOT, Server, gunicorn, listens, nginx, wait_for
 from tests.redis_server import RedisServer
 
 from .load import Load, Question
 from .machine import cpu_seconds, describe, memory_bytes, raise_file_limit, tree
 
 OVERDUE = 60.0  # seconds beyond what an answer takes
-OPENINGS_A_SECOND = 50.0
+OPENINGS_A_SECOND = 100.0
 WARM = 20  # answers that nobody counts
 # What comes over the wire in this measurement; all else that Redis counts is done inside its scripts.
 WIRE = ("evalsha", "eval", "ping", "subscribe", "unsubscribe")
@@ -100,7 +101,9 @@ def running(folder: Path, url: str, keeps: bool) -> Iterator[Pair]:
         def both(text: str) -> str:
             line = f"server 127.0.0.1:{first.port};"
             assert line in text
-            return text.replace(line, f"{line} server 127.0.0.1:{second.port};")
+            changed = text.replace(line, f"{line} server 127.0.0.1:{second.port};")
+            # What was not sent yet may go to the other: that spends nothing.
+            return changed.replace("proxy_next_upstream off;", "proxy_next_upstream error;")
 
         yield Pair((first, second), stack.enter_context(nginx(first, folder, both)), redis)
 
@@ -116,6 +119,7 @@ def stream(port: int, answers: int, pieces: int, pause: float, between: Callable
     with closing(Load(Question(port, pieces, pause))) as load:
         load.plan(answers, ramp)
         assert load.run(lambda: load.begun, ramp + OVERDUE)
+        assert load.open == answers, "the first ended before the last began: give them more pieces"
         between()
         assert load.run(lambda: load.open == 0, pieces * pause + OVERDUE)
         assert load.tally.whole == answers, f"{load.tally.whole} of {answers} whole"
@@ -124,8 +128,9 @@ def stream(port: int, answers: int, pieces: int, pause: float, between: Callable
 def measure(pair: Pair, answers: int, pieces: int, pause: float) -> None:
     servers = {"first instance": pair.instances[0], "second instance": pair.instances[1], "nginx": pair.front}
     opened = {name: files(server) for name, server in servers.items()}  # before any connection is kept
-    stream(pair.front.port, WARM, 20, 0.02)
+    stream(pair.front.port, WARM, 100, 0.02)
     idle = {name: (opened[name], memory_bytes(server.process.pid)) for name, server in servers.items()}
+    print("  idle: " + ", ".join(f"{name} {memory / 1e6:.0f} MB" for name, (_, memory) in idle.items()))
     known = {name: len(server.records()) for name, server in servers.items()}
     cpu = {name: cpu_seconds(server.process.pid) for name, server in servers.items()}
     before = look(pair.redis) if pair.redis is not None else None
@@ -147,6 +152,8 @@ def measure(pair: Pair, answers: int, pieces: int, pause: float) -> None:
             f"{descriptors / count:.2f} descriptors and {memory / count / 1e3:.0f} KB a stream"
         )
     if pair.redis is not None and before is not None:
+        ended = pair.redis.client
+        wait_for(lambda: ended.zcard("streamchat:ended") == answers + WARM, what="the end of all answers in the log")
         tell_redis(look(pair.redis).since(before), answers, answers * pieces)
 
 
@@ -192,6 +199,21 @@ def resume(pair: Pair, answers: int, pieces: int, pause: float) -> None:
     print("         " + ", ".join(f"{name} {count}" for name, count in sorted(done.commands.items())))
 
 
+def lose_one(pair: Pair, questions: int) -> None:
+    """One instance is told to stop; who asks meanwhile."""
+    pair.instances[0].terminate()
+    wait_for(lambda: not listens(pair.instances[0].port), what="the end of the first instance")
+    seen: Counter[int] = Counter()
+    for _ in range(questions):
+        with closing(http.client.HTTPConnection("127.0.0.1", pair.front.port, timeout=OVERDUE)) as connection:
+            body = json.dumps({"message": "pieces=1;pause=0.01;hold=0"})
+            connection.request("POST", "/api/get-response", body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            reply.read()
+            seen[reply.status] += 1
+    print(f"  with one instance gone, {questions} questions to nginx, by status: {dict(seen)}")
+
+
 def leave_after(port: int, pieces: int, pause: float) -> tuple[str, int]:
     body = json.dumps({"message": f"pieces={pieces};pause={pause:.6f};hold=0"})
     headers = {"Content-Type": "application/json", "Accept": "application/x-ndjson"}
@@ -228,6 +250,7 @@ def main() -> None:
             if pair.redis is not None:
                 measure_idle(pair.redis, 10.0)
                 resume(pair, 20, 100, 0.02)
+                lose_one(pair, 40)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
