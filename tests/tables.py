@@ -87,7 +87,7 @@ def all_errors() -> str:
 ADVICE: dict[str, tuple[str, str]] = {
     "invalid_request": (
         "The body, a field or a header cannot be used; `detail` names it. Also what `authorize` aborts with as 400.",
-        "Change the request. A parameter or model that is refused is allowed by STREAMCHAT_PARAMS or STREAMCHAT_MODELS.",
+        "Change the request. STREAMCHAT_PARAMS and STREAMCHAT_MODELS allow what callers may set.",
     ),
     "unauthorized": (
         "`authorize` returned None, or no token of STREAMCHAT_TOKENS came.",
@@ -157,8 +157,8 @@ ADVICE: dict[str, tuple[str, str]] = {
         "Try again: the next worker answers.",
     ),
     "overloaded": (
-        "The worker runs STREAMCHAT_MAX_STREAMS answers; or the store, without which a promise would be empty, is away.",
-        "Wait for `Retry-After`. More workers take more answers (scale.md).",
+        "The worker runs STREAMCHAT_MAX_STREAMS answers; or the store is away, and the promise needs it.",
+        "Try again in a second or two. More workers take more answers (scale.md).",
     ),
     "upstream_quota": ("The provider says that the account's quota is used up.", "Whoever runs the server pays."),
     "upstream_rate_limited": (
