@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,10 +138,39 @@ def test_the_numbers_of_the_pages_are_the_codes() -> None:
     assert f"`STREAMCHAT_STATUS_HOLD` ({settings.status_hold:.0f} s) at most" in read("formats.md")
 
 
+def test_the_page_of_scale_reckons_with_the_results_of_the_bench() -> None:
+    results, page, measured = (ROOT / "bench" / "RESULTS.md").read_text(), read("scale.md"), scale.Measured()
+    figures = {
+        row[0]: [float(re.split("[* ]", cell)[0]) for cell in (row[1], row[6])]
+        for row in (
+            line.strip("| ").split(" | ") for line in results.splitlines() if re.match(r"\| [^|]+ \| [\d.*]+ \(", line)
+        )
+    }
+    piece, request = figures["streamchat as shipped"]
+    relay, _ = figures["nginx alone, undecoded (a limit)"]
+    assert (measured.piece * 1e6, measured.request * 1e3, measured.relay * 1e6) == pytest.approx(
+        (piece, request, relay)
+    )
+    for words in (f"{piece:.0f} µs", f"{request:.2f} ms", f"{relay:.0f} µs"):
+        assert f"| {words} |" in page
+
+
 def test_the_unit_and_the_image_name_files_that_are_there() -> None:
     (unit,), (image,) = blocks(read("deploy.md"), "ini"), blocks(read("deploy.md"), "dockerfile")
     named = re.findall(r"^COPY (\S+)", image, re.MULTILINE) + re.findall(r"-c (\S+)", unit)
     assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_the_lines_for_nginx_are_a_configuration(tmp_path: Path) -> None:
+    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    assert program, "nginx is missing: install Debian's package nginx-light"
+    (location,), (servers,) = blocks(read("deploy.md"), "nginx"), blocks(read("scale.md"), "nginx")
+    http = f"access_log off; {servers} server {{ listen 127.0.0.1:1; {location} }}"
+    whole = f"pid {tmp_path}/pid; events {{}} http {{ {http} }}"
+    (tmp_path / "nginx.conf").write_text(whole)
+    command = [program, "-t", "-e", f"{tmp_path}/error.log", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    tested = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert tested.returncode == 0, tested.stderr
 
 
 # --- pages and links ----------------------------------------------------------------------------------------
