@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flask import Flask
 
 from ops.serve import ON_DISCONNECT
 from streamchat import lease, log, sheet
@@ -20,13 +19,12 @@ from streamchat.encoders import SseEncoder
 from streamchat.settings import TABLE, Settings, key
 from streamchat.spending import table
 from streamchat.store import Spent
+from tests.documents import ROOT, app_of, blocks, made_parts, read
 from tests.fake_upstream import FakeUpstream, answer
 from tests.shop import KEY, Shop, open_shop, serve
 
-DOCS = Path(__file__).parent.parent / "docs"
-RESUME, LIMITS = (DOCS / "resume.md").read_text(), (DOCS / "limits.md").read_text()
-COMMANDS = re.findall(r"```sh\n(.*?)```", RESUME, re.DOTALL)
-BLOCKS = re.findall(r"```python\n(.*?)```", LIMITS, re.DOTALL)
+RESUME, LIMITS = read("resume.md"), read("limits.md")
+COMMANDS, BLOCKS = blocks(RESUME, "sh"), blocks(LIMITS)
 BETWEEN = "--8<--\n"
 SUMS = [Spent("", 1, 0, 9, 0, 1), Spent("ann", 41, 39, 18_204, 30_122, 2), Spent("bob", 3, 3, 512, 1_730, 0)]
 
@@ -107,10 +105,8 @@ def test_a_backup_as_the_page_makes_it_has_the_answers_and_the_files_are_those_i
 
 
 def test_the_table_of_the_page_is_what_the_command_prints() -> None:
-    shown = re.search(r"<!-- usage -->\n(.*?)<!-- /usage -->", LIMITS, re.DOTALL)
-    assert shown
     lines = ["# streamchat, since 2026-11-01 00:00 UTC", *table("user", SUMS).splitlines()]
-    assert shown[1] == "".join(f"    {line}\n" for line in lines)
+    assert made_parts(LIMITS)["usage"] == "\n".join(f"    {line}" for line in lines)
 
 
 @pytest.mark.parametrize("page", [RESUME, LIMITS], ids=["resume", "limits"])
@@ -121,10 +117,7 @@ def test_every_setting_that_a_page_names_is_one(page: str) -> None:
 
 def test_flask_limiter_counts_questions_and_nothing_else(upstream: FakeUpstream) -> None:
     (block,) = BLOCKS
-    names: dict[str, object] = {"__name__": "shop"}
-    exec(compile(block.replace("20/minute", "3/minute"), "limits.md", "exec"), names)
-    app = names["app"]
-    assert isinstance(app, Flask)
+    app = app_of(block.replace("20/minute", "3/minute"), "limits.md")
     shop = Shop(app)
     client = app.test_client()
     question = {"message": "hi"}
@@ -159,7 +152,7 @@ def test_the_warning_of_the_page_is_the_one_that_is_sent() -> None:
     assert shown
     message = json.loads(shown[1])["message"]
     assert f"event: warning\ndata: {shown[1]}\n\n".encode() == SseEncoder().warn("not_resumable", message)
-    assert f'"{message}"' in (DOCS.parent / "streamchat" / "sheet.py").read_text()
+    assert f'"{message}"' in (ROOT / "streamchat" / "sheet.py").read_text()
 
 
 def test_the_sizes_and_times_of_the_page_are_the_code_s() -> None:

@@ -4,42 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from flask import Flask
-from werkzeug.serving import make_server
 
 from streamchat.attempts import PAUSES
 from streamchat.delivery import SECONDS, Courier
 from streamchat.pinned_connection import REPLY_BYTES
 from streamchat.webhooks import EVENTS, TOLERANCE, Message, compose, new_secret, sign
+from tests.documents import app_of, blocks, read
+from tests.shop import serve
 
-TEXT = (Path(__file__).parent.parent / "docs" / "webhooks.md").read_text()
-(RECEIVER,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TEXT = read("webhooks.md")
+(RECEIVER,) = blocks(TEXT)
 OLD, NEW = new_secret(), new_secret()
 
 
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("WEBHOOK_SECRETS", f"{OLD} {NEW}")
-    names: dict[str, Any] = {"__name__": "shop"}
-    exec(compile(RECEIVER, "webhooks.md", "exec"), names)
-    app = names["app"]
-    assert isinstance(app, Flask)
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/hook"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve(app_of(RECEIVER, "webhooks.md")) as port:
+        yield f"http://127.0.0.1:{port}/hook"
 
 
 def deliver(url: str, message: Message, *secrets: str, now: float | None = None) -> int | None:
@@ -65,7 +51,7 @@ def test_the_receiver_answers_400_to_what_is_forged_or_old(url: str, capsys: pyt
 
 
 def test_the_example_is_what_is_sent() -> None:
-    (example,) = re.findall(r"```json\n(.*?)\n```", TEXT, re.DOTALL)
+    example = blocks(TEXT, "json")[0].rstrip()
     event = json.loads(example)
     assert compose("msg_1", event["type"], 1_790_000_000, event["data"]).body.decode() == example
     assert set(re.findall(r"`(response\.\w+)`", TEXT)) == set(EVENTS)

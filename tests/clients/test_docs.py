@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.clients.node import FOLDER
+from tests.documents import blocks, read, run
 from tests.fake_upstream import FakeUpstream, answer
 from tests.live.servers import Server
 
-TEXT = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
-IN_NODE = re.findall(r"```js\n(.*?)```", TEXT, re.DOTALL)
-IN_PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TEXT = read("clients.md")
+IN_NODE, IN_PYTHON = blocks(TEXT, "js"), blocks(TEXT)
 
 
 def run_in_node(block: str, address: str) -> str:
@@ -40,8 +37,7 @@ def test_a_block_for_python_reads_the_answer(
 ) -> None:
     upstream.choose = None
     upstream.script = answer(["Hello ", "reader"])
-    names: dict[str, Any] = {"ADDRESS": servers["keeping"].url}
-    exec(compile(block, "clients.md", "exec"), names)
+    names = run(block, "clients.md", ADDRESS=servers["keeping"].url)
     if "client" in names:
         names["client"].close()
     assert capsys.readouterr().out == "Hello reader"
