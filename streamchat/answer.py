@@ -154,6 +154,7 @@ class Answer:
         self.writing_since = 0.0
         self.alone_since = self.alone_since or time.monotonic()
         self._live.hangups.unwatch(self._caller_fd)
+        self._live.desert()
         self._loop.spawn(self._go_on)
 
     def _go_on(self) -> None:

@@ -27,12 +27,14 @@ from .ledger import Record, answer_finished, answer_started, log_record
 from .live import Live
 from .log import Log
 from .loop import Loop, choose_loop
+from .metrics import Figures, check_metrics, count_answers
 from .order import Order
 from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
 from .store import Kept
 from .stores import check_store, open_store, prune
+from .tracing import check_tracing, open_spans
 from .upstream import ClientFactory, Upstream, check_credentials
 
 logger = logging.getLogger("streamchat")
@@ -54,7 +56,7 @@ class Hooks:
 class Process:
     """What one process holds for a mount."""
 
-    def __init__(self, settings: Settings, hooks: Hooks) -> None:
+    def __init__(self, settings: Settings, hooks: Hooks, figures: Figures | None = None) -> None:
         self.pid = os.getpid()
         self.loop: Loop = choose_loop()
         self.upstream = Upstream(settings, self.loop, hooks.client_factory)
@@ -63,19 +65,29 @@ class Process:
             settings.max_streams,
             settings.write_timeout,
             settings.total_timeout,
-            self.upstream.reap,
+            self._tidy,
             settings.max_streams_per_user,
         )
         store = open_store(settings, self.loop)
         self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
         self.probes = threading.BoundedSemaphore(MOST_PROBES)
         self.connections: int | None = None  # what the worker takes at a time, where its server says so
+        self._figures = figures
+        if figures is not None:
+            figures.add(self)
+
+    def _tidy(self) -> None:
+        self.upstream.reap()
+        if self._figures is not None:
+            self._figures.beat()
 
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
         self.live.close()
         self.upstream.close()
+        if self._figures is not None:
+            self._figures.drop(self)
 
 
 class Mount:
@@ -90,6 +102,8 @@ class Mount:
         check_access(self.settings, hooks.authorize is not None)
         check_credentials(hooks.client_factory)
         check_store(self.settings, choose_loop())
+        self._spans = open_spans(self.settings)
+        self._figures = count_answers(app, self.settings)
 
     @property
     def process(self) -> Process:
@@ -98,7 +112,7 @@ class Mount:
         if process is None or process.pid != os.getpid():
             with self._lock:
                 if self._process is None or self._process.pid != os.getpid():
-                    self._process = Process(self.settings, self.hooks)
+                    self._process = Process(self.settings, self.hooks, self._figures)
                 process = self._process
         return process
 
@@ -150,7 +164,7 @@ class Mount:
             process.live,
             process.loop,
             self._told,
-            keep_text=hooks.on_finish is not None,
+            keep_text=hooks.on_finish is not None or self.settings.tracing_text,
         )
         try:
             admitted = Admission(self.settings, process.log).admit(answer, asked, key)
@@ -161,6 +175,8 @@ class Mount:
             answer.withdraw()
             return admitted
         try:
+            if self._spans is not None:
+                self._guarded(partial(self._spans.begin, answer_id, prompt, client))
             self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
             self.release_before_wait()  # after the receivers, which may ask a database too
             answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.tally.trail))
@@ -212,6 +228,8 @@ class Mount:
     def _told(self, record: Record, text: str) -> None:
         log_record(record)
         self._guarded(lambda: answer_finished.send(self._app, record=record), BaseException)
+        if self._spans is not None:
+            self._guarded(partial(self._spans.end, record, text), BaseException)
         if self.hooks.on_finish is not None:
             self._guarded(lambda: self._on_finish(record, text), BaseException)
 
@@ -271,3 +289,5 @@ def check_environ(environ: Mapping[str, str]) -> None:
     check_access(settings, has_authorize=False)
     check_credentials(None)
     check_store(settings, choose_loop())
+    check_tracing(settings)
+    check_metrics(settings)
