@@ -154,7 +154,6 @@ class Answer:
         self.writing_since = 0.0
         self.alone_since = self.alone_since or time.monotonic()
         self._live.hangups.unwatch(self._caller_fd)
-        self._live.desert()
         self._loop.spawn(self._go_on)
 
     def _go_on(self) -> None:
@@ -292,4 +291,6 @@ class Answer:
         if self._recorded.acquire(blocking=False):
             if self.tally.finish is None:
                 self._conclude(self._error or Interrupted(), 0)
+            if self.alone_since and not isinstance(self._error, CallerGone):
+                self._live.desert()
             self._told(self._record(), self.tally.text)

@@ -111,7 +111,7 @@ class Live:
                     del self._users[answer.user]
 
     def desert(self) -> None:
-        """The caller of an answer has left, and it goes on."""
+        """The caller of an answer left, and it went on."""
         with self._lock:
             self._deserted += 1
 

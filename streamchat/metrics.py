@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from .errors import SettingsError, StoreDown, StreamChatError, UpstreamFailure
-from .ledger import Record, answer_finished, answer_started
+from .ledger import Record
 from .live import Live
 from .metric_table import METRICS, MODEL, OPERATION, PROVIDER, STORED, TABLE, Metric
+from .prompt import Prompt
 from .settings import Settings
 from .store import Store
 
@@ -79,12 +80,12 @@ def check_metrics(settings: Settings) -> None:
         raise SettingsError(f"{FOLDER} names {folder}, which is no folder: make it before the start, and empty it.")
 
 
-def count_answers(app: Any, settings: Settings) -> Figures | None:
+def open_figures(settings: Settings) -> Figures | None:
     """None where metrics are off. Raises SettingsError as check_metrics."""
     check_metrics(settings)
     if not settings.metrics:
         return None
-    figures().watch(app, (settings.model, *settings.models))
+    figures().know((settings.model, *settings.models))
     return figures()
 
 
@@ -103,11 +104,9 @@ class Figures:
         self._models: set[str] = set()
         self._processes: WeakSet[Any] = WeakSet()
 
-    def watch(self, app: Any, models: Iterable[str]) -> None:
-        """Counts the answers of an app from now on; each of them once, however many of its mounts ask for it."""
+    def know(self, models: Iterable[str]) -> None:
+        """Only these become labels: a caller's words do not."""
         self._models.update(models)
-        answer_started.connect(self._started, app)
-        answer_finished.connect(self._finished, app)
 
     def add(self, process: Process) -> None:
         self._processes.add(process)
@@ -136,10 +135,12 @@ class Figures:
         """Without those that were made before a fork."""
         return [each for each in list(self._processes) if each.pid == os.getpid()]
 
-    def _started(self, app: Any, id: str, user: str | None, model: str) -> None:
-        self._count("streamchat_answers_started_total", gen_ai_request_model=self._named(model))
+    def begin(self, id: str, prompt: Prompt, client: Any) -> None:
+        """An answer has its slot."""
+        self._count("streamchat_answers_started_total", gen_ai_request_model=self._named(prompt.model))
 
-    def _finished(self, app: Any, record: Record) -> None:
+    def end(self, record: Record, text: str) -> None:
+        """It has its record."""
         model = self._named(record.model)
         outcome = record.outcome if record.outcome in OUTCOMES else OTHER
         self._count("streamchat_answers_total", gen_ai_request_model=model, outcome=outcome)

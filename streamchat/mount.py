@@ -27,7 +27,7 @@ from .ledger import Record, answer_finished, answer_started, log_record
 from .live import Live
 from .log import Log
 from .loop import Loop, choose_loop
-from .metrics import Figures, check_metrics, count_answers
+from .metrics import Figures, check_metrics, open_figures
 from .order import Order
 from .prompt import Prompt
 from .schema import ChatRequest
@@ -102,8 +102,9 @@ class Mount:
         check_access(self.settings, hooks.authorize is not None)
         check_credentials(hooks.client_factory)
         check_store(self.settings, choose_loop())
-        self._spans = open_spans(self.settings)
-        self._figures = count_answers(app, self.settings)
+        self._figures = open_figures(self.settings)
+        # Not receivers of the signals: a shop's receiver that raises keeps later ones from being called.
+        self._observers = [each for each in (self._figures, open_spans(self.settings)) if each is not None]
 
     @property
     def process(self) -> Process:
@@ -175,8 +176,8 @@ class Mount:
             answer.withdraw()
             return admitted
         try:
-            if self._spans is not None:
-                self._guarded(partial(self._spans.begin, answer_id, prompt, client))
+            for each in self._observers:
+                self._guarded(partial(each.begin, answer_id, prompt, client))
             self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
             self.release_before_wait()  # after the receivers, which may ask a database too
             answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.tally.trail))
@@ -227,9 +228,9 @@ class Mount:
 
     def _told(self, record: Record, text: str) -> None:
         log_record(record)
+        for each in self._observers:
+            self._guarded(partial(each.end, record, text), BaseException)
         self._guarded(lambda: answer_finished.send(self._app, record=record), BaseException)
-        if self._spans is not None:
-            self._guarded(partial(self._spans.end, record, text), BaseException)
         if self.hooks.on_finish is not None:
             self._guarded(lambda: self._on_finish(record, text), BaseException)
 

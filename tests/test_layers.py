@@ -103,7 +103,7 @@ LAYERS = {
     "document": Layer(3, "ending events store"),
     "admission": Layer(3, "answer errors log order schema settings store tally"),
     "metric_table": Layer(1),
-    "metrics": Layer(3, "errors ledger live metric_table settings store", "prometheus_client"),
+    "metrics": Layer(3, "errors ledger live metric_table prompt settings store", "prometheus_client"),
     "tracing": Layer(3, "ending errors ledger prompt settings", "opentelemetry"),
     "departures": Layer(1),
     "inspection": Layer(3, "live loop settings"),
