@@ -112,6 +112,7 @@ class Figures:
         self._processes.add(process)
 
     def drop(self, process: Process) -> None:
+        self.beat()  # what it has to tell
         self._processes.discard(process)
         self.beat()
 
