@@ -286,6 +286,29 @@ def test_a_receiver_of_the_shop_that_raises_keeps_nothing_from_being_counted(
     assert "a hook of the application failed" in caplog.text
 
 
+def test_a_long_answer_is_counted_as_often_as_a_short_one(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done once a piece would be seen here: the figures are touched at an answer's two ends only."""
+    touched: list[str] = []
+    child = Figures._child
+
+    def counting(self: Figures, name: str, labels: dict[str, str]) -> Any:
+        touched.append(name)
+        return child(self, name, labels)
+
+    monkeypatch.setattr(Figures, "_child", counting)
+    monkeypatch.setattr(Figures, "beat", lambda _: None)  # once a second
+    with open_shop(metrics=True, coalesce_ms=0) as shop:
+        counts = []
+        for pieces in (3, 300):
+            upstream.script = answer(["word "] * pieces)
+            shop.ask()
+            assert shop.wait_records(len(counts) + 1)[-1].pieces == pieces
+            counts.append(len(touched))
+    assert counts[0] > 0 and counts[1] == 2 * counts[0]
+
+
 # --- stores ---------------------------------------------------------------------------------------------
 
 

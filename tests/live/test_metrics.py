@@ -87,6 +87,8 @@ def test_figures_add_up_over_workers_and_outlive_one(upstream: FakeUpstream, tmp
             lambda: scraped(server)["streamchat_most_live_answers"] == 2 * MOST, seconds=30, what="the second's gauges"
         )
         count = ask_until(server, lambda: len(makers(server)) == 2)
+        # An answer is counted when its caller has all of it already.
+        wait_for(lambda: scraped(server).get(ENDED) == count, what="the last answer's count")
         wait_for(lambda: scraped(server)["streamchat_store_live"] == 0, what="the last answer's end")
         told = [scraped(server) for _ in range(6)]  # by either worker
         assert {each[ENDED] for each in told} == {count}
@@ -111,6 +113,7 @@ def test_figures_add_up_over_workers_and_outlive_one(upstream: FakeUpstream, tmp
         )
         upstream.script = answer(["Hello"])
         again = ask_until(server, lambda: True)
+        wait_for(lambda: scraped(server)[ENDED] == count + again, what="the last answer's count")
         told = [scraped(server) for _ in range(6)]
         assert {each[ENDED] for each in told} == {count + again}
         assert {each[BEGUN] for each in told} == {count + STREAMS + again}  # those that died with a worker, too
@@ -133,7 +136,7 @@ def test_threads_count_too_and_a_folder_that_is_named_is_used_and_kept(upstream:
     threads = ("-k", "gthread", "--threads", "4")
     with gunicorn(upstream.base_url, tmp_path, *threads, extra=extra, metrics="1") as server:
         ask_until(server, lambda: True)
-        assert scraped(server)[ENDED] == 1
+        wait_for(lambda: scraped(server).get(ENDED) == 1, what="the answer's count")
         assert folder_of(server) == folder
         server.terminate()
         server.process.wait(20)
