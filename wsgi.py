@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from flask import Flask
 
-from streamchat import SettingsError, StreamChat
+from streamchat import SettingsError, StreamChat, metrics_view
 from streamchat.settings import read_environ
 
 
@@ -22,6 +22,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app.config.update(read_environ(environ))
     app.secret_key = environ.get("SECRET_KEY") or secrets.token_hex(32)
     StreamChat(app, page="/")
+    if app.config.get("STREAMCHAT_METRICS"):
+        app.add_url_rule("/metrics", "metrics", metrics_view())
     return app
 
 

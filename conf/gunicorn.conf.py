@@ -12,10 +12,13 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import contextlib  # noqa: E402
 import gc  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from typing import Any, ClassVar  # noqa: E402
 
 import gevent  # noqa: E402
@@ -91,6 +94,7 @@ logconfig_dict = {
 
 def on_starting(server: Any) -> None:
     """Ends at once, with one sentence, where the app could not start: workers would only die one after the other."""
+    share_figures(server)  # before anything imports prometheus_client, which looks once
     if server.app.app_uri == "wsgi:app":
         from streamchat.errors import SettingsError
         from streamchat.mount import check_environ
@@ -98,8 +102,41 @@ def on_starting(server: Any) -> None:
         try:
             check_environ(os.environ)
         except SettingsError as error:
+            on_exit(server)
             sys.exit(f"streamchat cannot start: {error}")
     fit_files(server)
+
+
+# The workers' figures stand in files of one folder, by which each can tell those of all; see docs/operations.md.
+FIGURES = "PROMETHEUS_MULTIPROC_DIR"
+FOLDER = "streamchat-metrics-"
+
+
+def share_figures(server: Any) -> None:
+    """Makes the folder, a new one at each start, unless one is named. A master that follows another inherits its
+    folder's name, and makes its own.
+    """
+    named = os.environ.get(FIGURES, "")
+    wanted = os.environ.get("STREAMCHAT_METRICS", "").lower() in ("true", "1")
+    if wanted and (not named or os.path.basename(named).startswith(FOLDER)):
+        os.environ[FIGURES] = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")
+        os.chown(os.environ[FIGURES], server.cfg.uid, server.cfg.gid)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """What a worker counted stays; what it held is gone with it."""
+    if os.environ.get(FIGURES):
+        with contextlib.suppress(ImportError, OSError):
+            from prometheus_client.multiprocess import mark_process_dead
+
+            mark_process_dead(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    """The folder goes with the master that made it."""
+    folder = os.environ.get(FIGURES, "")
+    if os.path.basename(folder).startswith(f"{FOLDER}{os.getpid()}-"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fit_files(server: Any) -> None:

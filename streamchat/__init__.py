@@ -4,6 +4,7 @@ from .errors import SettingsError, StreamChatError
 from .extension import StreamChat
 from .ledger import Record, answer_finished, answer_started
 from .schema import ChatRequest, Message
+from .scraping import metrics_view
 from .settings import Settings
 from .views import create_blueprint
 
@@ -18,4 +19,5 @@ __all__ = [
     "answer_finished",
     "answer_started",
     "create_blueprint",
+    "metrics_view",
 ]

@@ -43,12 +43,10 @@ class Answer:
         told: Callable[[Record, str], None],
         keep_text: bool = False,
     ) -> None:
-        self.order = order
-        self.caller = caller
+        self.order, self.caller, self.user = order, caller, order.user
         self.cancellation = Cancellation()
         self.tally = Tally(order.prompt.messages, keep_text=keep_text)
         self.started = self.tally.started
-        self.user = order.user
         self.writing_since = 0.0
         self.alone_since = 0.0  # monotonic: when the caller left an answer that goes on
         self._sheet: Sheet | None = None
@@ -295,4 +293,6 @@ class Answer:
         if self._recorded.acquire(blocking=False):
             if self.tally.finish is None:
                 self._conclude(self._error or Interrupted(), 0)
+            if self.alone_since and not isinstance(self._error, CallerGone):
+                self._live.desert()
             self._told(self._record(), self.tally.text)

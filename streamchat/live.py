@@ -61,6 +61,7 @@ class Live:
         self._is_stopping: Callable[[], bool] | None = None
         self._drain_seconds = 0.0
         self._drain_at = 0.0  # monotonic; 0.0 until the worker is told to stop
+        self._deserted = 0
 
     @property
     def draining(self) -> bool:
@@ -108,6 +109,17 @@ class Live:
                 self._users[answer.user] -= 1
                 if not self._users[answer.user]:
                     del self._users[answer.user]
+
+    def desert(self) -> None:
+        """The caller of an answer left, and it went on."""
+        with self._lock:
+            self._deserted += 1
+
+    def take_deserted(self) -> int:
+        """How many did so since this was last asked."""
+        with self._lock:
+            count, self._deserted = self._deserted, 0
+        return count
 
     def follow(self, is_stopping: Callable[[], bool], drain_seconds: float) -> None:
         """From when `is_stopping()` is true no answer is begun; those that still run after `drain_seconds` end."""

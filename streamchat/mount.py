@@ -19,51 +19,25 @@ from flask import Flask, Request
 from .access import user_of_token
 from .admission import Admission
 from .answer import Answer
-from .diagnostics import MOST_PROBES
 from .encoders import Encoder
 from .errors import NotFound, SettingsError, StreamChatError, Unauthorized
 from .hangup import Caller
 from .hooks import Hooks
 from .ledger import Record, answer_finished, answer_started, log_record
-from .live import Live
 from .log import Log
-from .loop import Loop, choose_loop
+from .loop import choose_loop
+from .metrics import check_metrics, open_figures
 from .order import Order
+from .process import Process
 from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
 from .store import Kept
-from .stores import check_store, open_store, prune
-from .upstream import Upstream, check_credentials
+from .stores import check_store
+from .tracing import check_tracing, open_spans
+from .upstream import check_credentials
 
 logger = logging.getLogger("streamchat")
-
-
-class Process:
-    """What one process holds for a mount."""
-
-    def __init__(self, settings: Settings, hooks: Hooks) -> None:
-        self.pid = os.getpid()
-        self.loop: Loop = choose_loop()
-        self.upstream = Upstream(settings, self.loop, hooks.client_factory)
-        self.live = Live(
-            self.loop,
-            settings.max_streams,
-            settings.write_timeout,
-            settings.total_timeout,
-            self.upstream.reap,
-            settings.max_streams_per_user,
-        )
-        store = open_store(settings, self.loop)
-        self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
-        self.probes = threading.BoundedSemaphore(MOST_PROBES)
-        self.connections: int | None = None  # what the worker takes at a time, where its server says so
-
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()
-        self.live.close()
-        self.upstream.close()
 
 
 class Mount:
@@ -79,6 +53,9 @@ class Mount:
         check_access(self.settings, hooks.authorize is not None)
         check_credentials(hooks.client_factory)
         check_store(self.settings, choose_loop())
+        self._figures = open_figures(self.settings)
+        # Not receivers of the signals: a shop's receiver that raises keeps later ones from being called.
+        self._observers = [each for each in (self._figures, open_spans(self.settings)) if each is not None]
 
     @property
     def process(self) -> Process:
@@ -87,7 +64,7 @@ class Mount:
         if process is None or process.pid != os.getpid():
             with self._lock:
                 if self._process is None or self._process.pid != os.getpid():
-                    self._process = Process(self.settings, self.hooks)
+                    self._process = Process(self.settings, self.hooks, self._figures)
                 process = self._process
         return process
 
@@ -161,7 +138,7 @@ class Mount:
             process.live,
             process.loop,
             self._told,
-            keep_text=with_text or self.hooks.on_finish is not None,
+            keep_text=with_text or self.hooks.on_finish is not None or self.settings.tracing_text,
         )
 
     @property
@@ -171,6 +148,8 @@ class Mount:
     def begin(self, answer: Answer, client: Any) -> None:
         """Tells the app, and asks the upstream."""
         order, upstream = answer.order, self.process.upstream
+        for each in self._observers:
+            self._guarded(partial(each.begin, order.id, order.prompt, client))
         model = order.prompt.model
         self._guarded(lambda: answer_started.send(self._app, id=order.id, user=order.user, model=model))
         self.release_before_wait()  # after the receivers, which may ask a database too
@@ -228,6 +207,8 @@ class Mount:
 
     def _told(self, record: Record, text: str) -> None:
         log_record(record)
+        for each in self._observers:
+            self._guarded(partial(each.end, record, text), BaseException)
         self._guarded(lambda: answer_finished.send(self._app, record=record), BaseException)
         if self.hooks.on_finish is not None:
             self._guarded(lambda: self._on_finish(record, text), BaseException)
@@ -288,3 +269,5 @@ def check_environ(environ: Mapping[str, str]) -> None:
     check_access(settings, has_authorize=False)
     check_credentials(None)
     check_store(settings, choose_loop())
+    check_tracing(settings)
+    check_metrics(settings)

@@ -81,6 +81,11 @@ class Settings:
     diagnostics: bool = _setting(
         False, checks.flag, "POST /diagnostics/stream lets `flask streamchat doctor` test the way to this app."
     )
+    metrics: bool = _setting(
+        False, checks.flag, "Answers are counted; /metrics of wsgi.py and streamchat.metrics_view() tell it."
+    )
+    tracing: bool = _setting(False, checks.flag, "Each answer is a span of OpenTelemetry.")
+    tracing_text: bool = _setting(False, checks.flag, "Spans hold what was asked and answered.")
     connect_timeout: float = _setting(5.0, checks.seconds(0.01, 600), "Longest wait for a connection, all addresses.")
     first_token_timeout: float = _setting(120.0, checks.seconds(0.01, 86_400), "Longest wait for the first piece.")
     idle_timeout: float = _setting(60.0, checks.seconds(0.01, 86_400), "Longest silence between two pieces.")
@@ -158,6 +163,8 @@ def _fitting(settings: Settings) -> Settings:
         raise SettingsError(f"{key(wanting[0])} needs {key('store_url')}, such as sqlite:///streamchat.db.")
     if settings.background and settings.store_url.startswith("memory:"):
         raise SettingsError(f"{key('background')} needs a {key('store_url')} that the worker can open: not memory://.")
+    if settings.tracing_text and not settings.tracing:
+        raise SettingsError(f"{key('tracing_text')} needs {key('tracing')}.")
     return _webhooks_fitting(settings)
 
 

@@ -151,6 +151,9 @@ class FastTransport(httpx2.BaseTransport):
                 while now - idle[0].idle_since > KEEP_SECONDS:
                     idle.pop(0).close()
 
+    def connections(self) -> dict[str, int]:
+        return {"active": self._live, "idle": sum(len(idle) for idle in list(self._idle.values()))}
+
     def _enter(self) -> None:
         with self._lock:
             if self._live >= self._most:

@@ -97,6 +97,10 @@ class Upstream:
         if self._fast is not None:
             self._fast.reap()
 
+    def connections(self) -> Mapping[str, int]:
+        """Those of our own transport by their state; of others nothing is known."""
+        return self._fast.connections() if self._fast is not None else {}
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

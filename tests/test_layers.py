@@ -119,14 +119,18 @@ LAYERS = {
     "replay": Layer(3, "cancellation encoders ending errors events hangup live log loop settings store tail"),
     "document": Layer(3, "ending events store"),
     "admission": Layer(3, "answer errors log order schema settings store tally"),
+    "metric_table": Layer(1),
+    "metrics": Layer(3, "errors ledger live metric_table prompt settings store", "prometheus_client"),
+    "tracing": Layer(3, "ending errors ledger prompt settings", "opentelemetry"),
     "departures": Layer(1),
     "inspection": Layer(3, "live loop settings"),
     "diagnostics": Layer(3, "cancellation departures encoders errors events hangup live", "itsdangerous"),
     "hooks": Layer(3, "ledger schema upstream", "flask"),
+    "process": Layer(3, "diagnostics hooks live log loop metrics settings stores upstream"),
     "mount": Layer(
         4,
-        "access admission answer diagnostics encoders errors hangup hooks ledger live log loop order prompt schema"
-        " settings store stores upstream",
+        "access admission answer encoders errors hangup hooks ledger log loop metrics order process prompt schema"
+        " settings store stores tracing upstream",
         "flask",
     ),
     "jobs": Layer(3, "prompt"),
@@ -157,6 +161,7 @@ LAYERS = {
         "client_encoders dialects document encoders ending errors events hangup mount replay responses store",
         "flask",
     ),
+    "scraping": Layer(5, "metrics mount responses store", "flask"),
     "probing": Layer(
         5,
         "departures diagnostics dialects encoders errors hangup inspection mount responses",
@@ -168,16 +173,18 @@ LAYERS = {
         "flask werkzeug",
     ),
     "extension": Layer(6, "mount responses views", "flask"),
-    "__init__": Layer(7, "errors extension ledger schema settings views"),
+    "__init__": Layer(7, "errors extension ledger schema scraping settings views"),
 }  # fmt: skip
 # Names that only one module may touch.
-VIEWS = {"probing", "reading", "responses", "views"}
+VIEWS = {"probing", "reading", "responses", "scraping", "views"}
 ONLY_IN_VIEWS = {"request", "Response", "stream_with_context", "g", "session"}
 ONLY_IN = {
     "openai": {"faults", "template", "upstream"},
     "apsw": {"sqlite_schema"},
     "httptools": {"connection"},
     "gevent": {"gevent_loop"},
+    "opentelemetry": {"tracing"},
+    "prometheus_client": {"metrics"},
     "pydantic": {"client_schema", "schema"},
     "redis": {"redis_link"},
     "requests": {"delivery", "pinned_connection"},
