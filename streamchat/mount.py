@@ -33,7 +33,7 @@ from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
 from .store import Kept
-from .stores import check_store, open_store, prune
+from .stores import check_store, open_carrier, open_store, prune
 from .upstream import Upstream, check_credentials
 
 logger = logging.getLogger("streamchat")
@@ -42,7 +42,7 @@ logger = logging.getLogger("streamchat")
 class Process:
     """What one process holds for a mount."""
 
-    def __init__(self, settings: Settings, hooks: Hooks) -> None:
+    def __init__(self, settings: Settings, hooks: Hooks, queue: str) -> None:
         self.pid = os.getpid()
         self.loop: Loop = choose_loop()
         self.upstream = Upstream(settings, self.loop, hooks.client_factory)
@@ -56,10 +56,13 @@ class Process:
         )
         store = open_store(settings, self.loop)
         self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
+        self.carrier = open_carrier(settings, queue, self.loop) if hooks.enqueue is None else None
         self.probes = threading.BoundedSemaphore(MOST_PROBES)
         self.connections: int | None = None  # what the worker takes at a time, where its server says so
 
     def close(self) -> None:
+        if self.carrier is not None:
+            self.carrier.stop()
         if self.log is not None:
             self.log.close()
         self.live.close()
@@ -87,7 +90,7 @@ class Mount:
         if process is None or process.pid != os.getpid():
             with self._lock:
                 if self._process is None or self._process.pid != os.getpid():
-                    self._process = Process(self.settings, self.hooks)
+                    self._process = Process(self.settings, self.hooks, self.name)
                 process = self._process
         return process
 
@@ -181,6 +184,8 @@ class Mount:
         if self.hooks.enqueue is not None:
             enqueue = self.hooks.enqueue
             self._guarded(lambda: enqueue(id))
+        elif self.process.carrier is not None:
+            self.process.carrier.enqueue(id)
 
     def context(self) -> AbstractContextManager[object]:
         """The app's, for what runs beside its requests."""
