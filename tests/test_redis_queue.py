@@ -11,7 +11,7 @@ import pytest
 
 from streamchat.attempts import Next
 from streamchat.envelopes import letter_id
-from streamchat.errors import LeaseLost, StoreDown
+from streamchat.errors import LeaseLost, StoreDown, TooManyStreams
 from streamchat.redis_doubts import NAMED_FOR, Doubts
 from streamchat.redis_store import RedisStore
 from streamchat.store import Entry, Kept, Limits
@@ -165,7 +165,8 @@ def test_a_full_redis_holds_up_nothing_that_is_on_its_way(
     assert store.reap() == []
     store.cancel(waiting.id)
     store.outbox.settle(owner, letters[0].id, again(5), "503")
-    assert store.outbox.take(owner, "jobs", LATER, 9)[:2] == letters[1:]
+    taken = {each.id for each in store.outbox.take(owner, "jobs", LATER, 9)}
+    assert taken == {letters[1].id, letters[2].id, letter_id(waiting.id)}
     store.outbox.settle(owner, letters[1].id, Next("delivered"), "204")
     store.outbox.settle(owner, letters[2].id, Next("dead", switch_off=True), "410")
     assert store.outbox.replay(letters[2].id, LATER)
@@ -323,6 +324,42 @@ def test_letters_of_a_dead_owner_are_taken_although_nobody_reaps(
     store.outbox.take(owner, "jobs", LATER, 1)
     store.give_up(owner)
     assert another.outbox.take(another.take_lease(), "jobs", LATER, 1) == [letter]
+
+
+def test_a_letter_that_was_replayed_while_somebody_had_it_is_not_taken_twice(
+    store: RedisStore, another: RedisStore, owner: str
+) -> None:
+    letter, heir = posted(store, owner), another.take_lease()
+    store.outbox.take(owner, "jobs", LATER, 1)
+    assert another.outbox.replay(letter.id, LATER)
+    assert [each.id for each in another.outbox.take(heir, "jobs", LATER, 1)] == [letter.id]
+    store.give_up(owner)
+    assert another.outbox.take(heir, "jobs", LATER, 1) == []
+
+
+def test_a_letter_to_a_target_that_is_off_stays_dead_when_its_holder_dies(
+    store: RedisStore, another: RedisStore, owner: str
+) -> None:
+    first, _ = posted(store, owner), posted(store, owner)
+    assert len(store.outbox.take(owner, "jobs", LATER, 2)) == 2
+    store.outbox.settle(owner, first.id, Next("dead", switch_off=True), "410")
+    store.give_up(owner)
+    assert another.outbox.take(another.take_lease(), "jobs", LATER, 9) == []
+    assert another.gauges()["dead"] == 2
+
+
+def test_a_claimed_answer_of_a_dead_owner_holds_its_slot_again_when_it_waits_again(
+    store: RedisStore, another: RedisStore, owner: str
+) -> None:
+    claimed(store, owner)
+    store.give_up(owner)
+    heir = another.take_lease()
+    another.admit(entry(heir, user="ann"), Limits(streams_per_user=1, streams=1))
+    assert another.reap() == []
+    with pytest.raises(TooManyStreams):
+        another.admit(entry(heir, user="ann"), Limits(streams_per_user=2))
+    with pytest.raises(TooManyStreams):
+        another.admit(entry(heir), Limits(streams=2))
 
 
 def test_what_redis_forgot_is_nobodys_and_all_begins_anew(store: RedisStore, server: RedisServer, owner: str) -> None:
