@@ -133,7 +133,7 @@ def test_answers_whose_messages_are_lost_are_made_within_five_seconds(shop: Shop
 
 
 def blocked(shop: Shop) -> int:
-    return int(shop.redis.client.info("clients")["blocked_clients"])  # type: ignore[index]
+    return int(shop.redis.client.info("clients")["blocked_clients"])
 
 
 def test_a_redis_that_was_started_again_carries_again(shop: Shop) -> None:
