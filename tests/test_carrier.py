@@ -435,6 +435,26 @@ def test_an_answer_that_was_carried_is_begun_before_a_look_would_find_it(shop: S
     assert len(upstream.requests) == 5
 
 
+@pytest.mark.parametrize("hook", [None, lambda id: None], ids=["huey", "a hook"])
+def test_a_look_leaves_what_may_still_be_carried(
+    hook: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    store: FaultyStore,  # noqa: F811
+    upstream: FakeUpstream,  # noqa: F811
+    tmp_path: Path,
+    redis: RedisServer,
+) -> None:
+    with carried_shop(monkeypatch, store, tmp_path, redis, enqueue=hook) as shop:
+        worker = background.Worker(shop.mounts[0])
+        id = id_of(asked(shop))
+        worker.look()
+        assert (state(shop, id)["status"], store.memory.gauges()["queued"]) == ("queued", 1)
+        assert not worker.busy
+        worker.take(id)
+        wait_for(shop, id, "completed")
+        wait_until(lambda: not worker.busy, "the worker still works")
+
+
 def test_an_answer_whose_message_is_lost_is_found_by_a_look(
     frequent_looks: None,
     shop: Shop,
@@ -473,13 +493,13 @@ def test_a_worker_with_little_room_begins_no_more_than_it_has(
     """Two consumers and a look claim side by side; one too many would be refused, and told as failed."""
     gate = Gate()
     upstream.choose = lambda request: [head(), text("Hi"), gate, finish(), last_chunk()]
-    store.before["claim"] = lambda: time.sleep(0.02)
-    with carried_shop(monkeypatch, store, tmp_path, redis, max_streams=2) as shop:
-        ids = [id_of(asked(shop)) for _ in range(6)]
+    store.before["claim"] = lambda: time.sleep(0.1)
+    with carried_shop(monkeypatch, store, tmp_path, redis, max_streams=1) as shop:
+        ids = [id_of(asked(shop)) for _ in range(5)]
         with working(shop):
-            gate.wait_reached(2)
+            gate.wait_reached()
             wait_until(lambda: waiting(redis) >= 2, "it takes what it has no room for")
-            assert len(upstream.requests) == 2
+            assert len(upstream.requests) == 1
             gate.open()
             wait_until(lambda: {state(shop, id)["status"] for id in ids} == {"completed"}, "not all are made", 10)
 
