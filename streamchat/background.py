@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from dataclasses import replace
 
@@ -86,6 +87,7 @@ class Worker:
         self._sender = sender or Sender(self._log, self._process.loop, mount.settings, mount.name)
         self._news = self._process.loop.bell()
         self._making: set[str] = set()
+        self._claiming = threading.Lock()  # two that counted the room together would both fill it
         self._stopping = False
 
     @property
@@ -95,6 +97,9 @@ class Worker:
 
     def run(self) -> None:
         """Until `stop`. What the store does not answer is asked again at the next look."""
+        carrier = self._process.carrier
+        if carrier is not None:
+            carrier.start(self.take, lambda: self._room > 0)
         while not self._stopping:
             try:
                 self.look()
@@ -103,10 +108,12 @@ class Worker:
             except Exception:  # a bug: the next look may find others
                 logger.exception("the worker failed")
             self._news.wait(time.monotonic() + BEAT)
+        if carrier is not None:
+            carrier.stop()
 
     def look(self) -> None:
         """Begins what waits, as far as there is room. Raises StoreDown, LeaseLost."""
-        carried = self._mount.hooks.enqueue is not None
+        carried = self._mount.hooks.enqueue is not None or self._process.carrier is not None
         self._claim(time.time() - SWEEP_AFTER if carried else NEVER)
         self._sender.send_due()
 
@@ -114,14 +121,19 @@ class Worker:
         """Begins one of which a carrier told. Raises StoreDown, LeaseLost."""
         self._claim(NEVER, id)
 
+    @property
+    def _room(self) -> int:
+        """How many more may be begun."""
+        return 0 if self._stopping else self._process.live.most - len(self._making)
+
     def _claim(self, before: float, id: str | None = None) -> None:
-        room = self._process.live.most - len(self._making)
-        if room <= 0 or self._stopping:
-            return
         store, queue = self._log.store, self._mount.name
-        for entry in self._log.lease.ask(lambda owner: store.claim(owner, queue, room, before, id)):
-            self._making.add(entry.id)
-            self._process.loop.spawn(lambda entry=entry: self._make(entry))  # type: ignore[misc]
+        with self._claiming:
+            if (room := self._room) <= 0:
+                return
+            for entry in self._log.lease.ask(lambda owner: store.claim(owner, queue, room, before, id)):
+                self._making.add(entry.id)
+                self._process.loop.spawn(lambda entry=entry: self._make(entry))  # type: ignore[misc]
 
     def _make(self, entry: Entry) -> None:
         try:

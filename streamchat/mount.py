@@ -64,7 +64,7 @@ class Mount:
         if process is None or process.pid != os.getpid():
             with self._lock:
                 if self._process is None or self._process.pid != os.getpid():
-                    self._process = Process(self.settings, self.hooks, self._figures)
+                    self._process = Process(self.settings, self.hooks, self.name, self._figures)
                 process = self._process
         return process
 
@@ -160,6 +160,8 @@ class Mount:
         if self.hooks.enqueue is not None:
             enqueue = self.hooks.enqueue
             self._guarded(lambda: enqueue(id))
+        elif self.process.carrier is not None:
+            self.process.carrier.enqueue(id)
 
     def context(self) -> AbstractContextManager[object]:
         """The app's, for what runs beside its requests."""

@@ -13,14 +13,14 @@ from .log import Log
 from .loop import Loop, choose_loop
 from .metrics import Figures
 from .settings import Settings
-from .stores import open_store, prune
+from .stores import open_carrier, open_store, prune
 from .upstream import Upstream
 
 
 class Process:
     """What one process holds for a mount."""
 
-    def __init__(self, settings: Settings, hooks: Hooks, figures: Figures | None = None) -> None:
+    def __init__(self, settings: Settings, hooks: Hooks, queue: str, figures: Figures | None = None) -> None:
         self.pid = os.getpid()
         self.loop: Loop = choose_loop()
         self.upstream = Upstream(settings, self.loop, hooks.client_factory)
@@ -34,6 +34,7 @@ class Process:
         )
         store = open_store(settings, self.loop)
         self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
+        self.carrier = open_carrier(settings, queue, self.loop) if hooks.enqueue is None else None
         self.probes = threading.BoundedSemaphore(MOST_PROBES)
         self.connections: int | None = None  # what the worker takes at a time, where its server says so
         self._figures = figures
@@ -46,6 +47,8 @@ class Process:
             self._figures.beat()
 
     def close(self) -> None:
+        if self.carrier is not None:
+            self.carrier.stop()
         if self.log is not None:
             self.log.close()
         self.live.close()

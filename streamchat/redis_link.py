@@ -50,25 +50,40 @@ class OutcomeUnknown(StoreDown):
     """The command was sent and its reply did not come: it may have been done."""
 
 
+def connection_of(url: str) -> tuple[type[AbstractConnection], dict[str, Any]]:
+    """What makes a connection, and its options. Raises SettingsError."""
+    try:
+        options = {**parse_url(url), **CONNECTION}
+        options.pop("max_connections", None)
+        options.pop("timeout", None)
+        make = options.pop("connection_class", redis.Connection)
+        make(**options)
+    except (ValueError, TypeError, redis.RedisError):
+        raise SettingsError(
+            "STREAMCHAT_STORE_URL cannot be used: write redis://[user:password@]host[:port][/number], "
+            "or rediss:// for TLS; what stands behind a '?' must be an option of redis-py's connection."
+        ) from None
+    return make, options
+
+
+def pool_of(url: str, most: int, seconds: float) -> redis.BlockingConnectionPool:
+    """So many connections beside those of a Link; each wait on them, for the reply too, ends after so many seconds."""
+    make, options = connection_of(url)
+    return _pool(make, options | {"socket_connect_timeout": seconds, "socket_timeout": seconds}, most, seconds)
+
+
+def _pool(
+    make: type[AbstractConnection], options: dict[str, Any], most: int, seconds: float
+) -> redis.BlockingConnectionPool:
+    return redis.BlockingConnectionPool(max_connections=most, timeout=seconds, connection_class=make, **options)
+
+
 class Link:
     """A handful of connections, shared by all greenlets or threads of a process."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._options = {**parse_url(url), **CONNECTION}
-            self._options.pop("max_connections", None)
-            self._options.pop("timeout", None)
-            make = self._options.pop("connection_class", redis.Connection)
-            make(**self._options)
-        except (ValueError, TypeError, redis.RedisError):
-            raise SettingsError(
-                "STREAMCHAT_STORE_URL cannot be used: write redis://[user:password@]host[:port][/number], "
-                "or rediss:// for TLS; what stands behind a '?' must be an option of redis-py's connection."
-            ) from None
-        self._make = make
-        self._pool = redis.BlockingConnectionPool(
-            max_connections=CONNECTIONS, timeout=POOL_WAIT, connection_class=make, **self._options
-        )
+        self._make, self._options = connection_of(url)
+        self._pool = _pool(self._make, self._options, CONNECTIONS, POOL_WAIT)
         self._told: dict[str, float] = {}  # when, monotonic
         self._lock = threading.Lock()
 

@@ -1,9 +1,13 @@
-"""The store that STREAMCHAT_STORE_URL names. Connects to nothing: a store does so at its first call."""
+"""The store that STREAMCHAT_STORE_URL names, and what carries the ids of its queue.
+
+Connects to nothing: a store does so at its first call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from .errors import SettingsError
@@ -14,6 +18,9 @@ from .settings import Settings
 from .sqlite_schema import check_file
 from .sqlite_store import SqliteStore
 from .store import Store
+
+if TYPE_CHECKING:
+    from .carrier import HueyCarrier
 
 
 def file_of(settings: Settings) -> Path | None:
@@ -46,6 +53,19 @@ def open_store(settings: Settings, loop: Loop) -> Store | None:
     """None where none is named. Raises SettingsError where its library is missing, or too old."""
     scheme = settings.store_url.partition("://")[0]
     return STORES[scheme](settings, loop) if scheme else None
+
+
+def open_carrier(settings: Settings, queue: str, loop: Loop) -> HueyCarrier | None:
+    """None where workers look for the answers themselves: no Redis, or no huey."""
+    if not settings.background or not settings.store_url.startswith(("redis://", "rediss://")):
+        return None
+    try:
+        from .carrier import HueyCarrier
+    except ModuleNotFoundError as missing:
+        if missing.name != "huey":
+            raise
+        return None
+    return HueyCarrier(settings.store_url, queue, loop)
 
 
 def prune(store: Store, settings: Settings) -> int:

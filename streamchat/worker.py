@@ -24,6 +24,7 @@ from .mount import Mount
 logger = logging.getLogger("streamchat")
 
 MARGIN = 5.0  # seconds of the grace in which what did not end by itself is told its end
+HOUR = 3600.0  # seconds
 STEP = 0.1  # seconds between two looks whether all has ended
 LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"  # as in conf/gunicorn.conf.py
 
@@ -81,7 +82,8 @@ class Shift:
         for mount, worker in self._workers.items():
             mount.process.loop.spawn(worker.run)
         logger.info("worker ready for %s", ", ".join(mount.name for mount in self._workers))
-        self._told.wait()
+        while not self._told.wait(HOUR):
+            pass  # a wait without end would be one without a timer: gevent ends a loop in which nothing else is open
         self._drain(time.monotonic() + max(0.0, self._grace - MARGIN))
         for mount in self._workers:
             mount.close()
