@@ -245,7 +245,9 @@ def test_an_answer_by_http_10_is_reset(pair: tuple[socket.socket, socket.socket]
 
 
 @pytest.mark.parametrize("name", ["gunicorn.socket", "gunicorn.sock", "werkzeug.socket"])
-def test_a_server_is_left_by_a_normal_end_on_a_dead_socket(name: str, pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_server_is_left_by_a_normal_end_on_a_dead_socket(
+    name: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
     caller = Caller.from_environ({name: pair[0], "SERVER_PROTOCOL": "HTTP/1.1"})
     caller.break_off()
     with pytest.raises(BrokenPipeError):
