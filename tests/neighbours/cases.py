@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -203,3 +204,4 @@ def opened(case: Case, folder: Path) -> Iterator[Shop]:
         debug = "Flask-DebugToolbar" in case.neighbours
         with SERVERS[case.server](upstream.base_url, folder, debug, extra) as server:
             yield Shop(case, server, upstream)
+            server.process.send_signal(signal.SIGINT)  # nothing is left to be waited for

@@ -146,6 +146,8 @@ def test_sentry_is_told_what_a_hook_raises_and_not_what_was_asked(shop: Shop) ->
     assert told == {"authorize fails", "build_messages fails", "on_finish fails"}
     assert not [envelope for envelope in sent if CANARY in envelope or f'"{BROKEN_END}"' in envelope]
     assert any('"type":"transaction"' in envelope for envelope in sent)
+    # As docs/neighbours.md says.
+    assert ("sentry-trace" in shop.upstream.requests[-1].headers) == (shop.case.server != "gevent")
 
 
 @under("sentry-sdk")
