@@ -17,12 +17,13 @@ from typing import Any, Self
 import pytest
 
 from tests.fake_upstream import FakeUpstream
-from tests.live.readers import PATH, SECONDS, TEXT, Seen, finish_reading, question
+from tests.live.readers import PATH, TEXT, Seen, finish_reading, question
 from tests.live.servers import Server, environment, free_port, gunicorn, running, wait_for
 from tests.neighbours.mounts import NEIGHBOURS
 
 APP = "tests.neighbours.shop:create_app()"
 THREADS = 64  # a thread for each of 50 streams
+PATIENCE = 15.0  # seconds: who holds pieces back fails a test by it
 HOST = "shop.example"
 ADDRESS = "203.0.113.7"
 # As conf/nginx.conf sends them.
@@ -97,7 +98,7 @@ class Reading:
     """A response that is read bit by bit."""
 
     def __init__(self, port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         self._connection.request(method, path, body, dict(headers))
         self._response: http.client.HTTPResponse | None = None
 

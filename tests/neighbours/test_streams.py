@@ -68,14 +68,18 @@ def test_who_leaves_ends_the_call_of_the_model(shop: Shop) -> None:
 
 @under("Flask-SQLAlchemy")
 def test_fifty_streams_hold_no_connection_of_a_pool_of_five(shop: Shop) -> None:
-    gate = Gate()
-    shop.upstream.script = [head(), text("first "), gate, text("second"), finish(), done(), last_chunk()]
+    begin, go_on = Gate(), Gate()
+    asked = len(shop.upstream.requests)
+    shop.upstream.script = [head(), begin, text("first "), go_on, text("second"), finish(), done(), last_chunk()]
     with ExitStack() as stack:
         readings = [stack.enter_context(shop.ask()) for _ in range(AT_ONCE)]
+        shop.upstream.wait_for_requests(asked + AT_ONCE, 10)
+        assert shop.seen()["checked out"] == 0  # all wait for their first byte
+        begin.open()
         for reading in readings:
             reading.until(b"first")
-        assert shop.seen()["checked out"] == 0
-        gate.open()
+        assert shop.seen()["checked out"] == 0  # all are being streamed
+        go_on.open()
         assert [reading.rest().body for reading in readings] == [b"second"] * AT_ONCE
     assert shop.seen()["checked out"] == 0
 
