@@ -127,7 +127,8 @@ class Answer:
         """The answer's bytes. The first next() returns b"" once the status is decided, and arms the cleanup.
 
         It raises the StreamChatError of an answer that failed until then; a later failure is written in the format's
-        own way. Only GeneratorExit, a kill, and ConnectionResetError for an answer broken off leave it otherwise.
+        own way. Only GeneratorExit, a kill, and ConnectionResetError for an answer broken off where no socket is shown
+        leave it otherwise.
         """
         try:
             yield from self._relay()

@@ -19,6 +19,8 @@ from .cancellation import shut_down
 from .loop import Loop
 
 SEND_BUFFER = 32768  # bytes; Linux grows it to megabytes else, and a caller that stopped reading is seen late
+SOCKETS = ("gunicorn.socket", "gunicorn.sock", "werkzeug.socket")
+ALONE = ("HTTP/1.0", "HTTP/1.1")  # an answer at a time on a connection
 CLEAN_CLOSE = struct.pack("ii", 0, 0)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, zero seconds: close sends RST
 
@@ -37,11 +39,9 @@ class Caller:
     @classmethod
     def from_environ(cls, environ: Mapping[str, Any]) -> Caller:
         """Looks where gunicorn's workers and Werkzeug's server put the socket."""
-        http10 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
-        sock = environ.get("gunicorn.socket") or environ.get("gunicorn.sock")
-        if sock is not None:
-            return cls(sock, http10=http10)
-        return cls(environ.get("werkzeug.socket"), http10=http10, returns=True)
+        protocol = environ.get("SERVER_PROTOCOL")
+        sock = next((environ[name] for name in SOCKETS if environ.get(name) is not None), None)
+        return cls(sock, http10=protocol == "HTTP/1.0", returns=protocol in ALONE)
 
     def fileno(self) -> int:
         """-1 where there is none to watch."""
@@ -56,11 +56,14 @@ class Caller:
         self._shut_down()
 
     def break_off(self) -> None:
-        """Makes the end of the answer look broken to the caller. Leaves by ConnectionResetError, but for one server.
+        """Makes the end of the answer look broken to the caller.
 
-        gunicorn logs a reset at DEBUG, and any other exception with a traceback. It never writes a final chunk then.
+        The socket is shut down and the end is normal, so that the server's final chunk finds nowhere to go. An
+        exception would be reported as a bug by what watches a WSGI application (Sentry, tracers), once for each caller
+        that leaves, and Werkzeug's debugger makes a clean end of it.
         An HTTP/1.0 answer ends at the close, which would look clean: that socket is reset.
-        Werkzeug's debugger turns an exception into a clean end: there the socket is shut down, and the end is normal.
+        Where no socket is shown, or other answers share it, it leaves by ConnectionResetError, which gunicorn logs at
+        DEBUG: any other exception has a traceback there.
         """
         if self._http10:
             self._reset()

@@ -361,6 +361,8 @@ ELSEWHERE = {
     "carriers.md": "test_carrier_docs.py",
     "clients.md": "clients/test_docs.py",
     "limits.md": "test_log_docs.py",
+    "neighbours.md": "neighbours/test_neighbours_docs.py",
+    "operations.md": "test_operations_docs.py",
     "recipes.md": "test_recipes.py",
     "webhooks.md": "test_webhook_docs.py",
 }

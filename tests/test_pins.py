@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = ["requirements.txt", "requirements-local.txt", "requirements-dev.txt"]
-OURS = {"ops", "streamchat", "tests", "wsgi"}
+OURS = {"bench", "ops", "streamchat", "tests", "wsgi"}
 # Imported by another name than it is installed by.
 DISTRIBUTIONS = {"opentelemetry": "opentelemetry-api", "sseclient": "sseclient-py"}
 
