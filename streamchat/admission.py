@@ -5,10 +5,12 @@ What needs no exact count goes on without the log where the store does not answe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 from .answer import Answer
 from .errors import BudgetExhausted, InvalidRequest, StoreDown, TooManyStreams
@@ -30,6 +32,7 @@ class Admission:
     def __init__(self, settings: Settings, log: Log | None) -> None:
         self._settings = settings
         self._log = log
+        self._limits = Limits(settings.max_streams_per_user, settings.max_streams_in_all, settings.tokens_per_day)
 
     def admit(self, answer: Answer, asked: ChatRequest, key: str | None) -> str:
         """Takes a slot. The answer's own id, or that of the one that the same key got before.
@@ -52,34 +55,41 @@ class Admission:
             answer.recount()
             return order.id
 
+    def queue(self, log: Log, order: Order, asked: ChatRequest, key: str | None, request: str) -> str:
+        """Keeps an answer for a worker. Its own id, or that of the one that the same key got before.
+
+        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch, InvalidRequest; StoreDown.
+        """
+        _check_key(key, is_kept=True)
+        entry = replace(self._entry(order, asked, key), status="queued", request=request)
+        with _timed_refusals():
+            return log.lease.ask(lambda owner: log.store.admit(replace(entry, owner=owner), self._limits))
+
     def _admitted(self, log: Log, answer: Answer, asked: ChatRequest, key: str | None, needed: bool) -> str:
-        order, settings = answer.order, self._settings
-        limits = Limits(settings.max_streams_per_user, settings.max_streams_in_all, settings.tokens_per_day)
-
-        def entry(owner: str) -> Entry:
-            return Entry(
-                order.id,
-                owner,
-                order.user,
-                order.prompt.model,
-                answer.tally.created_at,
-                asked.chat,
-                key,
-                _fingerprint(asked) if key is not None else None,
-                self._reserve(order),
-            )
-
-        try:
-            id, sheet = log.admit(entry, limits, answer.cancellation, needed)
-        except TooManyStreams:
-            raise TooManyStreams(retry_after=RETRY_AFTER) from None
-        except BudgetExhausted:
-            raise BudgetExhausted(retry_after=DAY - int(time.time()) % DAY) from None
+        entry = self._entry(answer.order, asked, key)
+        with _timed_refusals():
+            id, sheet = log.admit(entry, self._limits, answer.cancellation, needed)
         if sheet is not None:
             answer.keep(sheet)
             if not sheet.admitted:
                 answer.recount()
         return id
+
+    def _entry(self, order: Order, asked: ChatRequest, key: str | None) -> Entry:
+        """Whose it is to be is the log's to say."""
+        entry = Entry(
+            order.id,
+            "",
+            order.user,
+            order.prompt.model,
+            order.created_at,
+            asked.chat,
+            key,
+            _fingerprint(asked) if key is not None else None,
+            self._reserve(order),
+        )
+        notice = order.notice
+        return entry if notice is None else replace(entry, queue=notice.queue, target=notice.target)
 
     def _reserve(self, order: Order) -> int:
         """The most that the answer can cost."""
@@ -89,6 +99,17 @@ class Admission:
         asked = sum(length_of(message) for message in order.prompt.messages)
         longest = int(params.get("max_output_tokens", self._settings.max_output_tokens))
         return -(-asked // CHARS_A_TOKEN) + longest * int(params.get("n") or 1)
+
+
+@contextlib.contextmanager
+def _timed_refusals() -> Iterator[None]:
+    """The store knows no time of ours."""
+    try:
+        yield
+    except TooManyStreams:
+        raise TooManyStreams(retry_after=RETRY_AFTER) from None
+    except BudgetExhausted:
+        raise BudgetExhausted(retry_after=DAY - int(time.time()) % DAY) from None
 
 
 def _check_key(key: str | None, is_kept: bool) -> None:

@@ -23,6 +23,7 @@ from .order import Order
 from .pull import Pull
 from .settings import Settings
 from .sheet import HOLD, Sheet
+from .store import Ending
 from .tally import Tally
 
 
@@ -54,10 +55,7 @@ class Answer:
         self._error: StreamChatError | None = None
         self._goes_on = self._released = False
         self._warned = False  # that the answer cannot be resumed; or nobody was told that it could
-        self._settings = settings
-        self._encoder = encoder
-        self._live = live
-        self._loop = loop
+        self._settings, self._encoder, self._live, self._loop = settings, encoder, live, loop
         self._told = told
         self._source: Source | None = None
         self._caller_fd = caller.fileno()
@@ -154,10 +152,13 @@ class Answer:
         self.writing_since = 0.0
         self.alone_since = self.alone_since or time.monotonic()
         self._live.hangups.unwatch(self._caller_fd)
-        self._loop.spawn(self._go_on)
+        self._loop.spawn(self.go_on)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Makes the rest for those who read it in the log, or all of it. Returns when the answer has ended."""
         try:
+            if not self._seq:
+                self._noted([self.order.start])
             while self.tally.finish is None:
                 if events := self._pull.next(NEVER):
                     self._noted(events)
@@ -216,7 +217,7 @@ class Answer:
     def _pieces(self) -> Iterator[bytes]:
         """What is written, from when the status is decided on. Raises the StreamChatError that ends the answer."""
         encoder, settings = self._encoder, self._settings
-        pending = self._written([Start(self.order.id, self.order.prompt.model, int(self.tally.created_at))])
+        pending = self._written([self.order.start])
         decided, due = False, NEVER if encoder.patient else self.started + settings.status_hold
         while self.tally.finish is None:
             events = self._pull.next(due)
@@ -252,7 +253,7 @@ class Answer:
             last = events[-1]
             self._sheet.extend(events[:-1] if isinstance(last, Finish) else events)
             if isinstance(last, Finish):
-                self._sheet.end(last, ending_of(self._record(), last), HOLD)
+                self._sheet.end(last, self._ending(last), HOLD)
         return events
 
     def _end(self, error: StreamChatError) -> None:
@@ -264,8 +265,11 @@ class Answer:
         """Has the failure logged with the final state; waits for that at most `hold` seconds."""
         failure = failure_of(error, self.order.words)
         if self._sheet is not None and self._sheet.ending is None:
-            self._sheet.end(failure, ending_of(self._record(), failure), hold)
+            self._sheet.end(failure, self._ending(failure), hold)
         return failure
+
+    def _ending(self, last: Finish | Failure) -> Ending:
+        return ending_of(self._record(), last, self.order, self.tally.text)
 
     def _record(self) -> Record:
         return self.tally.record(self.order.id, self.order.user, self.order.prompt.model)
@@ -291,6 +295,5 @@ class Answer:
         if self._recorded.acquire(blocking=False):
             if self.tally.finish is None:
                 self._conclude(self._error or Interrupted(), 0)
-            if self.alone_since and not isinstance(self._error, CallerGone):
-                self._live.desert()
+            self._live.desert(bool(self.alone_since) and not isinstance(self._error, CallerGone))
             self._told(self._record(), self.tally.text)

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal
 
 import click
 from flask import current_app
-from flask.cli import AppGroup
+from flask.cli import AppGroup, ScriptInfo
 
 from .diagnosis import as_json, as_text
 from .diagnostics import make_token
 from .doctor import CouldNotTest, Doctor
-from .errors import SettingsError, StoreDown
-from .loop import choose_loop
+from .mailroom import webhooks
 from .mount import Mount
-from .settings import TABLE, Settings, key
+from .opened_logs import chosen_logs, mounts_of_app, of_mount, opened
+from .settings import TABLE, key
 from .spending import as_csv, csv_rows, table
-from .store import Store
-from .stores import file_of, open_store, prune
+from .stores import prune
+from .worker import command
 
 SECONDS = {"h": 3600, "d": 86_400}
 AGO = re.compile(r"([0-9]{1,6})([hd])")
-URL = key("store_url")
 
 commands = AppGroup("streamchat", help="Look at the streamchat blueprints of this app.")
+commands.add_command(webhooks)
 
 
 def _since(context: click.Context, parameter: click.Parameter, value: str) -> float:
@@ -40,9 +40,6 @@ def _since(context: click.Context, parameter: click.Parameter, value: str) -> fl
         return datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
     except ValueError:
         raise click.BadParameter("write a day, such as 2026-11-01, or how long ago, such as 24h or 7d.") from None
-
-
-of_mount = click.option("--mount", metavar="NAME", help="Only the blueprint of this name; all by default.")
 
 
 @commands.command("doctor")
@@ -102,7 +99,7 @@ def _token() -> str:
 @commands.command("settings")
 def show_settings() -> None:
     """Show every setting of every mounted blueprint, with its value. Secrets are not shown."""
-    for name, mount in _mounts().items():
+    for name, mount in mounts_of_app().items():
         click.echo(f"# blueprint {name}")
         for setting in TABLE.values():
             click.echo(f"{key(setting.name):34} {_shown(mount, setting.name):24} {setting.metadata['help']}")
@@ -129,8 +126,8 @@ def show_usage(since: float, by: Literal["user", "model", "day"], is_csv: bool, 
     outlives the answers' texts. Days are UTC's.
     """
     rows: list[tuple[object, ...]] = []
-    for names, (settings, *_) in _logs(mount).items():
-        with _opened(names, settings) as store:
+    for names, (settings, *_) in chosen_logs(mount).items():
+        with opened(names, settings) as store:
             sums = store.usage(since, by)
         if is_csv:
             rows += csv_rows(names, by, sums)[bool(rows) :]
@@ -148,59 +145,25 @@ def forget(mount: str | None) -> None:
 
     Running servers do so by themselves, once a minute. Running answers and the ledger stay.
     """
-    for names, (settings, *others) in _logs(mount).items():
-        with _opened(names, settings) as store:
+    for names, (settings, *others) in chosen_logs(mount).items():
+        with opened(names, settings) as store:
             gone = sum(prune(store, each) for each in (settings, *others))
         click.echo(f"# {names}: {gone:,} {'answer' if gone == 1 else 'answers'} forgotten")
 
 
-def _mounts() -> dict[str, Mount]:
-    mounts: dict[str, Mount] = current_app.extensions.get("streamchat", {})
-    return mounts
+@commands.command("worker", add_help_option=True)
+@click.option("--mount", metavar="NAME", multiple=True, help="Only the blueprint of this name; may be given again.")
+@click.pass_context
+def work(context: click.Context, mount: tuple[str, ...]) -> None:
+    """Make the background answers of this app and deliver its webhooks, until TERM or Ctrl-C.
 
-
-def _logs(only: str | None) -> dict[str, list[Settings]]:
-    """The settings of each log by the names of its blueprints: several may share one."""
-    mounts = _mounts()
-    if only is not None and only not in mounts:
-        raise click.ClickException(f"There is no blueprint {only}; there is: {', '.join(mounts)}.")
-    chosen = {name: mount.settings for name, mount in mounts.items() if only in (None, name)}
-    names: dict[str, list[str]] = {}
-    for name, settings in chosen.items():
-        if settings.store_url:
-            names.setdefault(settings.store_url, []).append(name)
-    if not names:
-        raise click.ClickException(f"No answers are kept: set {URL}, such as sqlite:///streamchat.db.")
-    return {" ".join(those): [chosen[name] for name in those] for those in names.values()}
-
-
-@contextmanager
-def _opened(names: str, settings: Settings) -> Iterator[Store]:
-    """The log's store, closed at the end. What is wrong with it is told in one sentence."""
-    _check_lasting(names, settings)
-    try:
-        store = open_store(settings, choose_loop())
-        assert store is not None
-        try:
-            yield store
-        finally:
-            store.close()
-    except SettingsError as error:
-        raise click.ClickException(error.detail) from None
-    except StoreDown:
-        raise click.ClickException(f"The log of {names} does not answer: see {URL}.") from None
-
-
-def _check_lasting(names: str, settings: Settings) -> None:
-    """Opening would make an empty file: where the path is meant from another folder, that would hide the log."""
-    file = file_of(settings)
-    if file is not None and not file.exists():
-        raise click.ClickException(
-            f"The log of {names} is not there yet: {URL} names {file.absolute()}. "
-            "A relative path counts from the folder that the command runs in."
-        )
-    if settings.store_url.startswith("memory:"):
-        raise click.ClickException(f"The log of {names} is in the server's memory: for this, {URL} must name a file.")
+    Needs STREAMCHAT_BACKGROUND and STREAMCHAT_STORE_URL, the same as the web server's. Any number of workers may run,
+    with Redis on any number of machines. The signal lets running answers end for STREAMCHAT_GRACE seconds; a second
+    one does not wait.
+    """
+    words = command(context.ensure_object(ScriptInfo).app_import_path, mount)
+    sys.stdout.flush()
+    os.execv(words[0], words)  # a fresh interpreter: gevent must patch before Flask is imported
 
 
 def _shown(mount: Mount, name: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from .envelopes import enclose
 from .errors import CallerGone, Cancelled, Interrupted, StreamChatError
 from .events import Failure, Finish
 from .ledger import Record
+from .order import Order
 from .store import Ending, Status
 
 logger = logging.getLogger("streamchat")
@@ -37,7 +39,16 @@ def error_of(failure: Failure) -> StreamChatError:
     return KINDS.get(failure.code, Interrupted)(failure.message)
 
 
-def ending_of(record: Record, event: Finish | Failure) -> Ending:
+def ending_of(record: Record, event: Finish | Failure, order: Order | None = None, text: str = "") -> Ending:
+    """With the letter that tells it, where the order wants one."""
+    ending, notice = _state_of(record, event), order.notice if order is not None else None
+    if order is None or notice is None:
+        return ending
+    told = text if notice.with_text else None
+    return enclose(ending, event, notice.queue, notice.target, told, order.created_at)
+
+
+def _state_of(record: Record, event: Finish | Failure) -> Ending:
     if isinstance(event, Finish):
         state: Status = "incomplete" if event.finish_reason in INCOMPLETE else "completed"
         return Ending(record.id, state, record, event.finish_reason, event.usage)

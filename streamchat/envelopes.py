@@ -11,8 +11,15 @@ from .store import Ending
 from .webhooks import compose
 
 
-def enclose(ending: Ending, event: Finish | Failure, queue: str, target: str, text: str | None = None) -> Ending:
-    """The ending with its letter; as it is where nobody is to be told.
+def enclose(
+    ending: Ending,
+    event: Finish | Failure,
+    queue: str,
+    target: str,
+    text: str | None = None,
+    created_at: float | None = None,
+) -> Ending:
+    """The ending with its letter; as it is where nobody is to be told. `created_at` is the record's unless it is given.
 
     `data` is the object of `GET /responses/<id>`; its text only where one is given. An answer ends once: the id of its
     letter follows from its own.
@@ -25,7 +32,7 @@ def enclose(ending: Ending, event: Finish | Failure, queue: str, target: str, te
         "id": ending.id,
         "status": ending.status,
         "model": record.model,
-        "created_at": int(record.started),
+        "created_at": int(record.started if created_at is None else created_at),
         "finish_reason": ending.finish_reason,
         "usage": usage_json(ending.usage),
         "error": _error(event),

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from .errors import LeaseLost, StoreDown
 from .loop import Loop
@@ -16,6 +17,8 @@ from .store import Store
 from .tail import Tails
 
 logger = logging.getLogger("streamchat")
+
+T = TypeVar("T")
 
 BEATS = 3  # renewals in the time of a lease; what dead processes left is looked for twice as often
 ATTEND = 1.0  # seconds between two words about who is read here
@@ -78,6 +81,24 @@ class Lease:
             raise
         self.down = False
         return owner
+
+    def ask(self, question: Callable[[str], T]) -> T:
+        """What the store answers the owner. Raises StoreDown, and LeaseLost where one lease after the other is lost."""
+        owner = self.held()
+        try:
+            return self._asked(question, owner)
+        except LeaseLost:
+            return self._asked(question, self.held())
+
+    def _asked(self, question: Callable[[str], T], owner: str) -> T:
+        try:
+            return question(owner)
+        except StoreDown:
+            self.fell()
+            raise
+        except LeaseLost:
+            self.lose(owner)
+            raise
 
     def fell(self) -> None:
         """The store did not answer."""

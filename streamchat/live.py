@@ -110,10 +110,10 @@ class Live:
                 if not self._users[answer.user]:
                     del self._users[answer.user]
 
-    def desert(self) -> None:
-        """The caller of an answer left, and it went on."""
+    def desert(self, deserted: bool) -> None:
+        """Counts an answer that went on when its caller left."""
         with self._lock:
-            self._deserted += 1
+            self._deserted += deserted
 
     def take_deserted(self) -> int:
         """How many did so since this was last asked."""

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .bookkeeping import Unfinished, interrupted
 from .cancellation import Cancellation
@@ -43,7 +44,7 @@ class Log:
         self.running: dict[str, Sheet] = {}
         self.tails = Tails(store, loop, self._cancelled)
         self._loop = loop
-        self._lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
+        self.lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
         self._dirty: dict[Sheet, None] = {}
         self._news, self._hurry, self._stop = loop.bell(), loop.bell(), loop.bell()
         self._counting = threading.RLock()  # reentrant: the collector may end an answer while it is held
@@ -53,11 +54,17 @@ class Log:
     @property
     def down(self) -> bool:
         """Whether the store did not answer the last time."""
-        return self._lease.down
+        return self.lease.down
 
-    def admit(
-        self, entry: Callable[[str], Entry], limits: Limits, cancellation: Cancellation, needed: bool
-    ) -> tuple[str, Sheet | None]:
+    def adopt(self, entry: Entry, cancellation: Cancellation) -> Sheet:
+        """The sheet of an answer that this process claimed."""
+        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended)
+        self.running[entry.id] = sheet
+        if self.lease.owner != entry.owner:
+            self._end_with_lease(sheet)
+        return sheet
+
+    def admit(self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool) -> tuple[str, Sheet | None]:
         """The answer's sheet; or the id of the one that the same Idempotency-Key got before.
 
         Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch; StoreDown where the admission is needed, or
@@ -69,17 +76,17 @@ class Log:
             return self._admitted(entry, limits, cancellation, needed)
 
     def _admitted(
-        self, entry: Callable[[str], Entry], limits: Limits, cancellation: Cancellation, needed: bool
+        self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool
     ) -> tuple[str, Sheet | None]:
-        owner = self._lease.held()
-        asked = entry(owner)
+        owner = self.lease.held()
+        asked = replace(entry, owner=owner)
         sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended)
         sheet.admitted = False
         self.running[asked.id] = sheet  # now: once the store knows the answer, somebody may cancel it
         try:
             id = self.store.admit(asked, limits)
         except StoreDown:
-            self._lease.fell()
+            self.lease.fell()
             if needed:
                 self._abandon(sheet, asked)
                 raise
@@ -88,13 +95,13 @@ class Log:
         except BaseException as error:
             self.running.pop(asked.id, None)
             if isinstance(error, LeaseLost):
-                self._lease.lose(owner)
+                self.lease.lose(owner)
             raise
         if id != asked.id:
             self.running.pop(asked.id, None)
             return id, None
         sheet.admitted = True
-        if self._lease.owner != owner:  # lost meanwhile
+        if self.lease.owner != owner:  # lost meanwhile
             self._end_with_lease(sheet)
         return id, sheet
 
@@ -107,7 +114,7 @@ class Log:
             self.running.pop(sheet.id, None)
 
     def _begin(self) -> None:
-        for task in (self._write_on, self._lease.keep, self._prune_on):
+        for task in (self._write_on, self.lease.keep, self._prune_on):
             self._start(task)
 
     def _start(self, task: Callable[[], None]) -> None:
@@ -152,30 +159,31 @@ class Log:
     def _give_up(self, sheet: Sheet) -> None:
         self._count(-sheet.give_up())
 
-    def _forget(self, sheet: Sheet) -> None:
+    def forget(self, sheet: Sheet) -> None:
+        """Nothing more of it is written, and nobody stops it here."""
         self._give_up(sheet)
         self.running.pop(sheet.id, None)
         self._dirty.pop(sheet, None)
 
     def _write_on(self) -> None:
         while not self._closed:
-            if self._dirty or self._news.wait(time.monotonic() + self._lease.beat):
+            if self._dirty or self._news.wait(time.monotonic() + self.lease.beat):
                 self._hurry.wait(time.monotonic() + GATHER)
                 self._write_group()
         self._write_group()  # the process ends in order: what waits is written if the store takes it at once
 
     def _write_group(self) -> None:
-        owner, sheets = self._lease.owner, self._group()
+        owner, sheets = self.lease.owner, self._group()
         if owner is None or not sheets:
             return
         try:
             self._write(owner, sheets)
         except StoreDown:
-            self._lease.fell()
+            self.lease.fell()
             self._expire()
             self._loop.pause(time.monotonic() + AGAIN)
         except LeaseLost:
-            self._lease.lose(owner)
+            self.lease.lose(owner)
         except Exception:  # a bug: it may touch one answer, not all
             for sheet in sheets:
                 self._write_alone(owner, sheet)
@@ -184,7 +192,7 @@ class Log:
         batches = [sheet.batch for sheet in sheets]
         endings = [sheet.ending for sheet in sheets if sheet.ends_with_batch]
         self.store.write(owner, [each for each in batches if each], [each for each in endings if each])
-        self._lease.down = False
+        self.lease.down = False
         for sheet in sheets:
             self._written(sheet)
 
@@ -195,10 +203,10 @@ class Log:
             return  # the next group meets it again
         except Exception:
             logger.exception("the response log cannot keep answer %s", sheet.id)
-            self._forget(sheet)
+            self.forget(sheet)
 
     def _group(self) -> list[Sheet]:
-        owner, sheets, size = self._lease.owner, list[Sheet](), 0
+        owner, sheets, size = self.lease.owner, list[Sheet](), 0
         for sheet in list(self._dirty):
             if sheet.owner != owner:
                 self._end_with_lease(sheet)
@@ -228,12 +236,12 @@ class Log:
 
         Where it was lost because the store was away, nobody is to blame: they go on for their callers, without the log.
         """
-        end = self._forget if self.down else self._end_with_lease
+        end = self.forget if self.down else self._end_with_lease
         for sheet in [sheet for sheet in list(self.running.values()) if sheet.owner == owner]:
             end(sheet)
 
     def _end_with_lease(self, sheet: Sheet) -> None:
-        self._forget(sheet)
+        self.forget(sheet)
         if sheet.admitted:
             sheet.cancellation.cancel(LeaseLost())
 
@@ -246,7 +254,7 @@ class Log:
         """Raises StoreDown."""
         kept = self.store.find(id)
         if kept is not None and kept.status in LIVE:
-            self._lease.held()  # whoever makes it may be dead: this process looks, too
+            self.lease.held()  # whoever makes it may be dead: this process looks, too
         return kept
 
     def cancel(self, id: str) -> None:
@@ -261,7 +269,7 @@ class Log:
         sheet = self.running.get(id)
         if sheet is not None:
             return self.tails.of_sheet(sheet)
-        self._lease.held()
+        self.lease.held()
         self.store.attend({id})
         return self.tails.of_store(id)
 
@@ -269,11 +277,11 @@ class Log:
         """The process ends in order."""
         due = time.monotonic() + CLOSE_WITHIN
         self._closed = True
-        self._lease.stop()
+        self.lease.stop()
         for bell in (self._news, self._hurry, self._stop):
             bell.ring()
         for ended in self._tasks:
             ended.wait(max(0.0, due - time.monotonic()))
         self.tails.close(max(0.0, due - time.monotonic()))
-        self._lease.give_up()
+        self.lease.give_up()
         self.store.close()

@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,81 +19,32 @@ from flask import Flask, Request
 from .access import user_of_token
 from .admission import Admission
 from .answer import Answer
-from .diagnostics import MOST_PROBES
 from .encoders import Encoder
 from .errors import NotFound, SettingsError, StreamChatError, Unauthorized
 from .hangup import Caller
+from .hooks import Hooks
 from .ledger import Record, answer_finished, answer_started, log_record
-from .live import Live
 from .log import Log
-from .loop import Loop, choose_loop
-from .metrics import Figures, check_metrics, open_figures
+from .loop import choose_loop
+from .metrics import check_metrics, open_figures
 from .order import Order
+from .process import Process
 from .prompt import Prompt
 from .schema import ChatRequest
 from .settings import Settings, read_environ
 from .store import Kept
-from .stores import check_store, open_store, prune
+from .stores import check_store
 from .tracing import check_tracing, open_spans
-from .upstream import ClientFactory, Upstream, check_credentials
+from .upstream import check_credentials
 
 logger = logging.getLogger("streamchat")
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a shop may override. Each runs in the request's context, but `on_finish`, which has an app context."""
-
-    authorize: Callable[[Request], str | None] | None = None
-    build_messages: Callable[[ChatRequest, str | None], Sequence[Any]] | None = None
-    before_wait: Callable[[], None] | None = None
-    client_factory: ClientFactory | None = None
-    on_finish: Callable[[Record, str], None] | None = None
-    error_text: Callable[[str, str | None], str | None] | None = None
-    make_id: Callable[[], str] | None = None
-
-
-class Process:
-    """What one process holds for a mount."""
-
-    def __init__(self, settings: Settings, hooks: Hooks, figures: Figures | None = None) -> None:
-        self.pid = os.getpid()
-        self.loop: Loop = choose_loop()
-        self.upstream = Upstream(settings, self.loop, hooks.client_factory)
-        self.live = Live(
-            self.loop,
-            settings.max_streams,
-            settings.write_timeout,
-            settings.total_timeout,
-            self._tidy,
-            settings.max_streams_per_user,
-        )
-        store = open_store(settings, self.loop)
-        self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None
-        self.probes = threading.BoundedSemaphore(MOST_PROBES)
-        self.connections: int | None = None  # what the worker takes at a time, where its server says so
-        self._figures = figures
-        if figures is not None:
-            figures.add(self)
-
-    def _tidy(self) -> None:
-        self.upstream.reap()
-        if self._figures is not None:
-            self._figures.beat()
-
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()
-        self.live.close()
-        self.upstream.close()
-        if self._figures is not None:
-            self._figures.drop(self)
 
 
 class Mount:
     """`app.extensions["streamchat"][name]`."""
 
-    def __init__(self, app: Flask, hooks: Hooks, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, app: Flask, hooks: Hooks, overrides: Mapping[str, Any], name: str = "streamchat") -> None:
+        self.name = name  # of the blueprint; of its queue, too
         self.settings = Settings.from_mapping(app.config, overrides)
         self.hooks = hooks
         self._app = app
@@ -154,21 +105,11 @@ class Mount:
 
         Raises Draining, Overloaded, TooManyStreams, BudgetExhausted, IdempotencyMismatch or StoreDown.
         """
-        process, hooks = self.process, self.hooks
-        prompt = Prompt(self._messages(asked, user), asked.model, asked.params)
-        client = process.upstream.client()
-        answer = Answer(
-            Order(answer_id, user, prompt, lambda error: self.error_text(error, locale)),
-            self.settings,
-            encoder,
-            caller,
-            process.live,
-            process.loop,
-            self._told,
-            keep_text=hooks.on_finish is not None or self.settings.tracing_text,
-        )
+        order = self.order(answer_id, user, asked, locale)
+        client = self.process.upstream.client()
+        answer = self.new_answer(order, encoder, caller)
         try:
-            admitted = Admission(self.settings, process.log).admit(answer, asked, key)
+            admitted = self.admission.admit(answer, asked, key)
         except BaseException:
             answer.withdraw()
             raise
@@ -176,15 +117,53 @@ class Mount:
             answer.withdraw()
             return admitted
         try:
-            for each in self._observers:
-                self._guarded(partial(each.begin, answer_id, prompt, client))
-            self._guarded(lambda: answer_started.send(self._app, id=answer_id, user=user, model=prompt.model))
-            self.release_before_wait()  # after the receivers, which may ask a database too
-            answer.begin(lambda each: process.upstream.open(client, prompt, each.cancellation, each.tally.trail))
+            self.begin(answer, client)
         except BaseException:
             answer.close()
             raise
         return answer
+
+    def order(self, id: str, user: str | None, asked: ChatRequest, locale: str | None) -> Order:
+        prompt = Prompt(self._messages(asked, user), asked.model, asked.params)
+        return Order(id, user, prompt, lambda error: self.error_text(error, locale))
+
+    def new_answer(self, order: Order, encoder: Encoder, caller: Caller) -> Answer:
+        process = self.process
+        with_text = order.notice is not None and order.notice.with_text
+        return Answer(
+            order,
+            self.settings,
+            encoder,
+            caller,
+            process.live,
+            process.loop,
+            self._told,
+            keep_text=with_text or self.settings.tracing_text or self.hooks.on_finish is not None,
+        )
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.settings, self.process.log)
+
+    def begin(self, answer: Answer, client: Any) -> None:
+        """Tells the app, and asks the upstream."""
+        order, upstream = answer.order, self.process.upstream
+        model = order.prompt.model
+        for each in self._observers:
+            self._guarded(partial(each.begin, order.id, order.prompt, client))
+        self._guarded(lambda: answer_started.send(self._app, id=order.id, user=order.user, model=model))
+        self.release_before_wait()  # after the receivers, which may ask a database too
+        answer.begin(lambda each: upstream.open(client, order.prompt, each.cancellation, each.tally.trail))
+
+    def carry(self, id: str) -> None:
+        """Tells the carrier of a job, where there is one. A worker finds what was not carried."""
+        if self.hooks.enqueue is not None:
+            enqueue = self.hooks.enqueue
+            self._guarded(lambda: enqueue(id))
+
+    def context(self) -> AbstractContextManager[object]:
+        """The app's, for what runs beside its requests."""
+        return self._app.app_context()
 
     @property
     def log(self) -> Log:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .addresses import is_listed, parse_target
 from .checks import PARAMS
 from .errors import InvalidRequest, PayloadTooLarge
 from .settings import Settings
@@ -30,7 +31,7 @@ class ChatRequest:
     """What a caller asks, after every check. `params` holds only what the settings let callers set.
 
     `wire` holds the messages of an OpenAI client as it sent them, with tool calls and other roles; None for all others.
-    `chat` is the id that a client of the AI SDK gave the conversation.
+    `chat` is the id that a client of the AI SDK gave the conversation. `webhook_url` goes with `background`.
     """
 
     messages: tuple[Message, ...]
@@ -39,6 +40,8 @@ class ChatRequest:
     context: dict[str, Any]
     wire: tuple[dict[str, Any], ...] | None = None
     chat: str | None = None
+    background: bool = False
+    webhook_url: str | None = None
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -61,6 +64,8 @@ class _Body(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     max_output_tokens: int | None = Field(None, ge=1)
     context: dict[str, Any] | None = None
+    background: bool = False
+    webhook_url: str | None = None
 
 
 def parse_request(body: bytes, settings: Settings) -> ChatRequest:
@@ -76,6 +81,8 @@ def parse_request(body: bytes, settings: Settings) -> ChatRequest:
         model=check_model(parsed.model, settings),
         params=_params(parsed, settings),
         context=check_context(parsed.context),
+        background=_check_background(parsed, settings),
+        webhook_url=_check_webhook(parsed, settings),
     )
 
 
@@ -147,6 +154,30 @@ def check_params(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]
     if sent.get("max_output_tokens", 0) > settings.max_output_tokens:
         raise InvalidRequest(f'The field "max_output_tokens" may be at most {settings.max_output_tokens}.')
     return sent
+
+
+def _check_background(body: _Body, settings: Settings) -> bool:
+    if body.background and not settings.background:
+        raise InvalidRequest('The field "background" may not be set here.')
+    return body.background
+
+
+def _check_webhook(body: _Body, settings: Settings) -> str | None:
+    """Only a host that the operator listed. Raises InvalidRequest."""
+    url = body.webhook_url
+    if url is None:
+        return None
+    if not settings.webhook_hosts:
+        raise InvalidRequest('The field "webhook_url" may not be set here.')
+    if not body.background:
+        raise InvalidRequest('The field "webhook_url" needs "background": true.')
+    try:
+        target = parse_target(url, loopback=settings.webhook_loopback)
+    except ValueError as error:
+        raise InvalidRequest(f'The field "webhook_url" {error}.') from None
+    if not is_listed(target, settings.webhook_hosts):
+        raise InvalidRequest('The field "webhook_url" names a host that is not allowed here.')
+    return url
 
 
 def check_context(context: dict[str, Any] | None) -> dict[str, Any]:

@@ -95,6 +95,12 @@ class Settings:
     heartbeat: float = _setting(15.0, checks.seconds(0.05, 3600), "Silence after which a heartbeat is written.")
     coalesce_ms: int = _setting(40, checks.whole(0, 1000), "Milliseconds in which pieces are joined; 0 turns it off.")
     write_timeout: float = _setting(30.0, checks.seconds(1, 3600), "How long a caller may leave a piece unread.")
+    background: bool = _setting(
+        False, checks.flag, "Callers may ask for answers that nobody waits for; `flask streamchat worker` makes them."
+    )
+    background_timeout: float = _setting(
+        3600.0, checks.seconds(0.01, 604_800), "Longest time of one background answer, from when it is begun."
+    )
     webhook_url: str = _setting(
         "", checks.webhook_url, "Where webhooks go, such as https://shop.example/hook; none without.", secret=True
     )
@@ -106,6 +112,7 @@ class Settings:
         checks.webhook_hosts,
         "Hosts to which a request may have webhooks sent; .shop.example is all names under it.",
     )
+    webhook_text: bool = _setting(False, checks.flag, "Webhooks carry the answer's text.")
     webhook_loopback: bool = _setting(False, checks.flag, "Webhooks may go to this machine, also by http: to try them.")
     grace: float = _setting(
         120.0, checks.seconds(1, 86_400), "Seconds that a stopping worker has; gunicorn's graceful_timeout."
@@ -144,7 +151,7 @@ def _checked(name: str, value: Any) -> Any:
         raise SettingsError(f"{key(name)} {error}, not {shown}.") from None
 
 
-NEED_STORE = ("max_streams_in_all", "tokens_per_day")
+NEED_STORE = ("max_streams_in_all", "tokens_per_day", "background")
 
 
 def _fitting(settings: Settings) -> Settings:
@@ -156,6 +163,8 @@ def _fitting(settings: Settings) -> Settings:
         raise SettingsError(f"{key(wanting[0])} needs {key('store_url')}, such as sqlite:///streamchat.db.")
     if settings.tracing_text and not settings.tracing:
         raise SettingsError(f"{key('tracing_text')} needs {key('tracing')}.")
+    if settings.background and settings.store_url.startswith("memory:"):
+        raise SettingsError(f"{key('background')} needs a {key('store_url')} that the worker can open: not memory://.")
     return _webhooks_fitting(settings)
 
 

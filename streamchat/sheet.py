@@ -85,6 +85,10 @@ class Sheet:
         self._tell(seq, (event,))
         return written and not self.lost
 
+    def wait(self, seconds: float) -> bool:
+        """For the final state to be written. False: it is not yet."""
+        return self._written.wait(seconds)
+
     def _add(self, events: Sequence[Event], ending: Ending | None) -> int:
         change = 0
         with self._lock:

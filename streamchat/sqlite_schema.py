@@ -91,7 +91,37 @@ CREATE TABLE ledger (
 CREATE INDEX ledger_of_user ON ledger (user, started, input_tokens, output_tokens);
 CREATE INDEX ledger_ages ON ledger (started);
 """
-MIGRATIONS: tuple[str, ...] = (VERSION_1,)  # each makes the next version of the one before; released ones never change
+# Answers that wait in a queue, and letters. `waiting` holds what nobody has claimed; `due` and `due_to` what is still
+# to be delivered: their size does not grow with the log. What was written before has no queue, and tells nobody.
+# What may be long stands last in its row: SQLite walks through it to what stands behind.
+VERSION_2 = """
+ALTER TABLE answers ADD COLUMN queue ANY NOT NULL DEFAULT '';
+ALTER TABLE answers ADD COLUMN target ANY NOT NULL DEFAULT '';
+ALTER TABLE answers ADD COLUMN claims INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE answers ADD COLUMN request ANY NOT NULL DEFAULT '';
+CREATE INDEX waiting ON answers (queue, created_at) WHERE status = 'queued' AND owner = '';
+CREATE TABLE letters (
+    nr INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    answer TEXT NOT NULL,
+    queue ANY NOT NULL,
+    target ANY NOT NULL,
+    created_at REAL NOT NULL,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    due REAL NOT NULL,
+    told ANY NOT NULL,
+    holder TEXT NOT NULL DEFAULT '',
+    body BLOB NOT NULL
+) STRICT;
+CREATE INDEX due ON letters (queue, due) WHERE state = 'waiting';
+CREATE INDEX due_to ON letters (target) WHERE state = 'waiting';
+CREATE INDEX letter_states ON letters (state, created_at);
+CREATE INDEX letter_ages ON letters (created_at);
+CREATE TABLE targets_off (target ANY NOT NULL PRIMARY KEY) STRICT, WITHOUT ROWID;
+"""
+# Each makes the next version of the one before; released ones never change.
+MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2)
 
 
 class Rows(Protocol):

@@ -8,35 +8,42 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import astuple
 from functools import partial
 from typing import Literal
 
-from .bookkeeping import DAY, is_over, midnight, needs_count, unseen
+from .bookkeeping import DAY, interrupted, is_over, midnight, needs_count, unseen
 from .errors import BudgetExhausted, IdempotencyMismatch, TooManyStreams
 from .events import Usage
-from .ledger import FIELDS
 from .loop import Lane
+from .sqlite_endings import PIECE, cancel, end, finish
 from .sqlite_file import File, bound, unbound
 from .sqlite_leases import Leases
 from .sqlite_listener import SqliteListener
+from .sqlite_outbox import SqliteOutbox, delivered, forget_letters
+from .sqlite_queue import begin, claim, find_waiting, requeue
 from .sqlite_schema import Connection, check_library
-from .sqlite_upkeep import figures, find_orphans, forget, forget_keys, has_orphans, questions, shrink, steps, sums
-from .store import Batch, Ending, Entry, Kept, Limits, Spent
+from .sqlite_taking import Taker
+from .sqlite_upkeep import (
+    counted,
+    figures,
+    find_orphans,
+    forget,
+    forget_keys,
+    has_orphans,
+    questions,
+    shrink,
+    steps,
+    sums,
+)
+from .store import NEVER, Batch, Ending, Entry, Kept, Limits, Spent
 
 NEXT = "ifnull((SELECT first + count FROM pieces WHERE answer = a.nr ORDER BY first DESC LIMIT 1), 0)"
 ADMITTED = """
-    INSERT INTO answers (id, user, chat, model, created_at, owner, status, reserve)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
+    INSERT INTO answers (id, user, chat, model, created_at, owner, status, reserve, queue, request, target)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
 RUNNING = f"""
     SELECT a.id, a.nr, {NEXT} FROM json_each(?) wanted CROSS JOIN answers a ON a.id = wanted.value
     WHERE a.owner = ? AND a.ended_at IS NULL"""
-PIECE = "INSERT INTO pieces (answer, first, count, payload) VALUES (?, ?, ?, ?)"
-ENDED = """
-    UPDATE answers SET status = ?, ended_at = ?, finish_reason = ?, input_tokens = ?, output_tokens = ?, estimated = ?,
-    error = ?, bytes = (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = answers.nr)
-    WHERE nr = ?"""
-RECORD = f"INSERT OR IGNORE INTO ledger ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})"
 KEPT = ("id", "user", "chat", "model", "created_at", "status", "owner", "finish_reason", "error", "next")
 FOUND = f"""
     SELECT {", ".join(KEPT[:-1])}, {NEXT}, input_tokens, output_tokens, estimated FROM answers a WHERE id = ?"""
@@ -61,6 +68,8 @@ class SqliteStore:
         self._leases = Leases(path, lease, clock)
         self._seen_leases = Leases(path, lease, clock)  # the reading thread's own
         self._clock = clock
+        self._taker = Taker(self._reader, self._seen_leases, self._writer, self._leases)
+        self.outbox = SqliteOutbox(self._taker)
 
     def take_lease(self) -> str:
         return self._writer.run(self._leases.take)
@@ -73,6 +82,13 @@ class SqliteStore:
 
     def admit(self, entry: Entry, limits: Limits) -> str:
         return self._writer.run(lambda connection: self._admit(connection, entry, limits))
+
+    def claim(self, owner: str, queue: str, most: int, before: float = NEVER, id: str | None = None) -> list[Entry]:
+        waiting = partial(find_waiting, queue=queue, most=most, before=before, id=id)
+        return self._taker.take(owner, waiting, claim)
+
+    def begin(self, owner: str, id: str) -> bool:
+        return self._writer.run(lambda connection: self._begin(connection, owner, id))
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
         self._writer.run(lambda connection: self._write(connection, owner, batches, endings), patience=0)
@@ -100,8 +116,7 @@ class SqliteStore:
         return SqliteListener(self._reader, owner)
 
     def cancel(self, id: str) -> None:
-        told = "UPDATE answers SET cancelled = 1 WHERE id = ? AND ended_at IS NULL AND cancelled = 0"
-        self._writer.run(lambda connection: connection.execute(told, (bound(id),)).get)
+        self._writer.run(lambda connection: cancel(connection, id))
 
     def attend(self, ids: Collection[str]) -> None:
         told = """
@@ -132,6 +147,8 @@ class SqliteStore:
         for question in questions(now - retention, bytes_per_user, bytes_in_all):
             for nrs in steps(self._reader.run(question)):
                 gone += self._writer.run(partial(forget, nrs=nrs))
+        for nrs in steps(self._reader.run(lambda connection: delivered(connection, now - retention))):
+            self._writer.run(partial(forget_letters, nrs=nrs))
         while self._writer.run(lambda connection: forget_keys(connection, now - DAY)):
             pass
         while self._writer.run(shrink):
@@ -160,17 +177,23 @@ class SqliteStore:
                 return str(known[0])
         self._check_limits(connection, entry, limits)
         told = (bound(entry.user), bound(entry.chat), bound(entry.model), entry.created_at)
-        connection.execute(ADMITTED, (entry.id, *told, entry.owner, entry.status, entry.reserve))
+        owner = "" if entry.status == "queued" else entry.owner
+        later = (bound(entry.queue), bound(entry.request), bound(entry.target))
+        connection.execute(ADMITTED, (entry.id, *told, owner, entry.status, entry.reserve, *later))
         if entry.key is not None:
             kept = "INSERT OR REPLACE INTO keys (scope, key, fingerprint, id, created_at) VALUES (?, ?, ?, ?, ?)"
             connection.execute(kept, (*scope, bound(entry.fingerprint), entry.id, entry.created_at))
         return entry.id
 
+    def _begin(self, connection: Connection, owner: str, id: str) -> bool:
+        self._leases.check(connection, owner)
+        return begin(connection, owner, id)
+
     def _check_limits(self, connection: Connection, entry: Entry, limits: Limits) -> None:
         of_user, of_all, of_day = needs_count(limits, entry.user)
         if not (of_user or of_all or of_day):
             return
-        living, user = json.dumps(self._leases.living(connection)), bound(entry.user)
+        living, user = counted(self._leases.living(connection)), bound(entry.user)
         if of_all and connection.execute(f"SELECT count(*) {LIVE_OF_LIVING}", (living,)).get >= limits.streams:
             raise TooManyStreams()
         if of_user or of_day:
@@ -208,18 +231,9 @@ class SqliteStore:
 
     def _reap(self, connection: Connection) -> list[str]:
         orphans = find_orphans(connection, self._leases)
+        requeue(connection, [orphan.nr for orphan in orphans if orphan.may_wait])
+        lost = [orphan for orphan in orphans if not orphan.may_wait]
         now = time.time()
-        for orphan in orphans:
-            piece, ending = orphan.last(now)
-            connection.execute(PIECE, (orphan.nr, piece.first, piece.count, piece.payload))
-            end(connection, orphan.nr, ending, now)
-        return [orphan.id for orphan in orphans]
-
-
-def end(connection: Connection, nr: int, ending: Ending, now: float) -> None:
-    """The final state and the record: what ends an answer is one transaction."""
-    usage = ending.usage
-    counted = (usage.input_tokens, usage.output_tokens, usage.estimated) if usage else (None, None, None)
-    connection.execute(ENDED, (ending.status, now, bound(ending.finish_reason), *counted, bound(ending.error), nr))
-    values = [bound(value) if isinstance(value, str) else value for value in astuple(ending.record)]
-    connection.execute(RECORD, values)
+        for orphan in lost:
+            finish(connection, orphan.nr, interrupted(orphan.answer, now), now)
+        return [orphan.answer.id for orphan in lost]

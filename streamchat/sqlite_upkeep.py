@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from .bookkeeping import Unfinished, interrupted
+from .sqlite_endings import UNFINISHED, Orphan, orphan
 from .sqlite_file import unbound
 from .sqlite_leases import Leases
+from .sqlite_outbox import counts
 from .sqlite_schema import Connection
-from .store import Batch, Ending, Spent
+from .store import Spent
 
-ORPHANS_A_STEP = 200  # each is three writes
+ORPHANS_A_STEP = 200  # each is four writes at most
 ANSWERS_A_STEP = 500
 BYTES_A_STEP = 4 * 2**20
 KEYS_A_STEP = 5000
 PAGES_A_STEP = 500
 SPARE_PAGES = 1024  # free pages that stay for what is written next: 4 MiB
 GROUPS = {"user": "ifnull(user, '')", "model": "model", "day": "strftime('%Y-%m-%d', started, 'unixepoch')"}
-OF_DEAD = "ended_at IS NULL AND owner NOT IN (SELECT value FROM json_each(?))"
+# What nobody owns waits in a queue, and may be much: the index is entered behind it.
+OF_DEAD = f"""
+    SELECT nr FROM answers INDEXED BY live WHERE ended_at IS NULL AND owner > ''
+    AND owner NOT IN (SELECT value FROM json_each(?)) LIMIT {ORPHANS_A_STEP}"""
 AGED = "SELECT nr, bytes FROM answers WHERE ended_at < ? ORDER BY nr"
 # The oldest ended ones of each group, as long as what stands before them is above the cap.
 ABOVE_CAP = """
@@ -38,39 +41,17 @@ Found = list[tuple[int, int]]
 Question = Callable[[Connection], Found]
 
 
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """A live answer whose owner is dead."""
-
-    nr: int
-    id: str
-    user: str | None
-    model: str
-    created_at: float
-    next: int
-    bytes: int
-
-    def last(self, now: float) -> tuple[Batch, Ending]:
-        return interrupted(Unfinished(self.id, self.user, self.model, self.created_at, self.next, self.bytes), now)
-
-
 def has_orphans(connection: Connection, leases: Leases) -> bool:
     living = json.dumps(leases.living(connection))
-    return connection.execute(f"SELECT 1 FROM answers WHERE {OF_DEAD} LIMIT 1", (living,)).get is not None
+    return connection.execute(OF_DEAD, (living,)).get is not None
 
 
 def find_orphans(connection: Connection, leases: Leases) -> list[Orphan]:
     """Some of them. Owners that are dead lose their row first: they cannot come back."""
     living = json.dumps(leases.living(connection))
     connection.execute("DELETE FROM owners WHERE owner NOT IN (SELECT value FROM json_each(?))", (living,))
-    found = connection.execute(
-        f"""SELECT nr, id, user, model, created_at,
-        (SELECT ifnull(max(first + count), 0) FROM pieces WHERE answer = a.nr),
-        (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = a.nr)
-        FROM answers a WHERE {OF_DEAD} ORDER BY nr LIMIT {ORPHANS_A_STEP}""",
-        (living,),
-    )
-    return [Orphan(*(unbound(value) for value in row)) for row in found]
+    found = connection.execute(f"{UNFINISHED} WHERE nr IN ({OF_DEAD}) ORDER BY nr", (living,))
+    return [orphan(row) for row in found]
 
 
 def sums(connection: Connection, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
@@ -84,16 +65,22 @@ def sums(connection: Connection, since: float, by: Literal["user", "model", "day
 
 def figures(connection: Connection, leases: Leases) -> Mapping[str, int]:
     living = leases.living(connection)
-    ((live, reserved, answers, size),) = connection.execute(
-        """SELECT count(*) FILTER (WHERE lives), ifnull(sum(reserve) FILTER (WHERE lives), 0), count(*), sum(size)
-            FROM (
-            SELECT reserve, ended_at IS NULL AND owner IN (SELECT value FROM json_each(?)) AS lives,
+    ((live, queued, reserved, answers, size),) = connection.execute(
+        """SELECT count(*) FILTER (WHERE lives), count(*) FILTER (WHERE status = 'queued'),
+            ifnull(sum(reserve) FILTER (WHERE lives), 0), count(*), ifnull(sum(size), 0) FROM (
+            SELECT reserve, status, ended_at IS NULL AND owner IN (SELECT value FROM json_each(?)) AS lives,
             iif(ended_at IS NULL, (SELECT sum(octet_length(payload)) FROM pieces WHERE answer = answers.nr), bytes)
             AS size
             FROM answers)""",
-        (json.dumps(living),),
+        (counted(living),),
     )
-    return {"live": live, "reserved": reserved, "owners": len(living), "answers": answers, "bytes": size or 0}
+    told = {"live": live, "queued": queued, "reserved": reserved, "owners": len(living)}
+    return told | {"answers": answers, "bytes": size} | counts(connection)
+
+
+def counted(living: Sequence[str]) -> str:
+    """Whose answers count for limits, as JSON: an answer that waits in a queue has no owner, and counts."""
+    return json.dumps(["", *living])
 
 
 def questions(ended_before: float, bytes_per_user: int, bytes_in_all: int) -> Iterator[Question]:

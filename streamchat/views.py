@@ -10,15 +10,17 @@ from flask import Blueprint, Flask, Response, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from .background import accept
 from .cli import commands
 from .dialects import OPENAI, OWN, UI, Dialect
 from .errors import PayloadTooLarge, UnsupportedMediaType
 from .hangup import Caller
+from .hooks import Hooks
 from .ledger import Record
-from .mount import Hooks, Mount
+from .mount import Mount
 from .page import add_page
 from .probing import diagnostics_stream
-from .reading import RESUMABLE, cancel_response, chat_stream, replayed, response, response_stream
+from .reading import RESUMABLE, accepted, cancel_response, chat_stream, replayed, response, response_stream
 from .responses import ANSWER, EXTENSION, current_mount, identify, in_dialect, streamed, teardown
 from .schema import ChatRequest
 from .upstream import ClientFactory
@@ -34,6 +36,7 @@ def create_blueprint(
     on_finish: Callable[[Record, str], None] | None = None,
     error_text: Callable[[str, str | None], str | None] | None = None,
     make_id: Callable[[], str] | None = None,
+    enqueue: Callable[[str], None] | None = None,
     decorators: Sequence[Callable[[Any], Any]] = (),
     page: bool | str = False,
     **overrides: Any,
@@ -44,14 +47,14 @@ def create_blueprint(
     read when the blueprint is registered; a bad one raises SettingsError there. `decorators` wrap the answering view,
     the first outermost. `page` adds the chat page: True at the blueprint's own root, a text at that path of the app.
     """
-    hooks = Hooks(authorize, build_messages, before_wait, client_factory, on_finish, error_text, make_id)
+    hooks = Hooks(authorize, build_messages, before_wait, client_factory, on_finish, error_text, make_id, enqueue)
     folders: dict[str, Any] = {"static_folder": "static", "static_url_path": "/assets", "template_folder": "templates"}
     blueprint = Blueprint(name, __name__, **folders)
 
     def mount(state: BlueprintSetupState) -> None:
         mounts = state.app.extensions.setdefault(EXTENSION, {})
-        made = Mount(cast(Flask, state.app), hooks, overrides)
-        mounts[f"{state.name_prefix}.{state.name}".lstrip(".")] = made
+        full_name = f"{state.name_prefix}.{state.name}".lstrip(".")
+        made = mounts[full_name] = Mount(cast(Flask, state.app), hooks, overrides, full_name)
         if made.settings.gateway:
             state.add_url_rule("/v1/chat/completions", "chat_completions", decorated(chat_completions), **asking)
             state.add_url_rule("/v1/models", "models", decorated(models))
@@ -123,8 +126,10 @@ def _answered(mount: Mount, answer_id: str, dialect: Dialect) -> Response:
     user = mount.user(request)
     body = _body(mount.settings.max_body_bytes)
     asked, encoder = dialect.read(body, mount.settings, request.headers.get("Accept"))
-    caller = Caller.from_environ(request.environ)
     locale, key = request.accept_languages.best, request.headers.get("Idempotency-Key")
+    if asked.background:
+        return accepted(mount, accept(mount, answer_id, user, asked, locale, key), answer_id)
+    caller = Caller.from_environ(request.environ)
     answer = mount.answer(answer_id, user, asked, encoder, caller, locale, key)
     if isinstance(answer, str):
         return replayed(mount, mount.find(answer, user), -1, encoder, {"Idempotency-Replayed": "true"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,10 @@ from streamchat.store import Store
 from tests.shop import Shop, open_shop, wait_until
 
 Fault = Callable[[], object]
-WAITING = ("write", "admit", "renew", "take_lease", "find", "read", "reap", "attend", "latest", "cancel", "unattended")
+WAITING = (
+    *("write", "admit", "renew", "take_lease", "find", "read", "reap", "attend", "latest", "cancel", "unattended"),
+    *("claim", "begin", "take", "settle"),
+)
 
 
 def down() -> None:
@@ -35,8 +39,17 @@ class FaultyStore:
         self.after: dict[str, Fault] = {}
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self.memory, name)
+        return self._faulty(getattr(self.memory, name), name)
 
+    @property
+    def outbox(self) -> Any:
+        outbox = self.memory.outbox
+        return SimpleNamespace(
+            **{name: self._faulty(getattr(outbox, name), name) for name in ("take", "settle", "letters", "replay")},
+            find=outbox.find,
+        )
+
+    def _faulty(self, method: Callable[..., Any], name: str) -> Any:
         def called(*arguments: Any) -> Any:
             self.calls.append(name)
             self.before.get(name, lambda: None)()

@@ -36,7 +36,7 @@ LAYERS = {
     "attempts": Layer(1),
     "checks": Layer(1, "addresses webhooks"),
     "settings": Layer(1, "addresses checks errors"),
-    "schema": Layer(1, "checks errors settings", "pydantic"),
+    "schema": Layer(1, "addresses checks errors settings", "pydantic"),
     "client_schema": Layer(1, "checks errors schema settings", "pydantic"),
     "encoders": Layer(1, "errors events", "werkzeug"),
     "client_encoders": Layer(1, "encoders events"),
@@ -55,10 +55,22 @@ LAYERS = {
     "store": Layer(2, "events ledger letters"),
     "envelopes": Layer(2, "events letters store webhooks"),
     "bookkeeping": Layer(2, "envelopes errors events ledger store"),
-    "redis_scripts": Layer(2),
-    "redis_link": Layer(2, "errors redis_scripts", "redis"),
+    "redis_lua": Layer(2),
+    "redis_scripts": Layer(2, "redis_lua"),
+    "redis_queue_scripts": Layer(2, "redis_lua"),
+    "redis_outbox_scripts": Layer(2, "redis_lua"),
+    "redis_link": Layer(2, "errors redis_lua", "redis"),
     "redis_listener": Layer(2, "errors redis_link store"),
-    "redis_store": Layer(2, "bookkeeping errors events redis_link redis_listener redis_scripts store"),
+    "redis_rows": Layer(2, "bookkeeping events letters store"),
+    "redis_doubts": Layer(2, "errors"),
+    "redis_outbox": Layer(
+        2, "attempts errors letters redis_doubts redis_link redis_lua redis_outbox_scripts redis_rows"
+    ),
+    "redis_store": Layer(
+        2,
+        "bookkeeping errors redis_doubts redis_link redis_listener redis_lua redis_outbox redis_queue_scripts"
+        " redis_rows redis_scripts store",
+    ),
     "memory_listener": Layer(2, "store"),
     "memory_outbox": Layer(2, "attempts errors letters"),
     "memory_answers": Layer(2, "bookkeeping store"),
@@ -67,11 +79,15 @@ LAYERS = {
     "sqlite_file": Layer(2, "errors ledger loop sqlite_schema"),
     "sqlite_leases": Layer(2, "errors sqlite_schema"),
     "sqlite_listener": Layer(2, "sqlite_file sqlite_schema store"),
-    "sqlite_upkeep": Layer(2, "bookkeeping sqlite_file sqlite_leases sqlite_schema store"),
+    "sqlite_taking": Layer(2, "sqlite_file sqlite_leases sqlite_schema"),
+    "sqlite_queue": Layer(2, "sqlite_file sqlite_leases sqlite_schema store"),
+    "sqlite_outbox": Layer(2, "attempts letters sqlite_file sqlite_leases sqlite_schema sqlite_taking"),
+    "sqlite_endings": Layer(2, "bookkeeping ledger sqlite_file sqlite_outbox sqlite_schema store"),
+    "sqlite_upkeep": Layer(2, "sqlite_endings sqlite_file sqlite_leases sqlite_outbox sqlite_schema store"),
     "sqlite_store": Layer(
         2,
-        "bookkeeping errors events ledger loop sqlite_file sqlite_leases sqlite_listener sqlite_schema sqlite_upkeep"
-        " store",
+        "bookkeeping errors events loop sqlite_endings sqlite_file sqlite_leases sqlite_listener sqlite_outbox"
+        " sqlite_queue sqlite_schema sqlite_taking sqlite_upkeep store",
     ),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
     "transport": Layer(1, "cancellation connection loop", "httpx2"),
@@ -92,12 +108,13 @@ LAYERS = {
     "log": Layer(2, "bookkeeping cancellation errors events lease loop sheet store tail"),
     "opening": Layer(3, "cancellation events loop"),
     "tally": Layer(3, "events ledger"),
-    "order": Layer(3, "errors prompt"),
-    "ending": Layer(3, "errors events ledger store"),
+    "order": Layer(3, "errors events prompt"),
+    "ending": Layer(3, "envelopes errors events ledger order store"),
     "pull": Layer(3, "errors events loop opening settings tally"),
     "answer": Layer(
         3,
-        "cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet tally",
+        "cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet store"
+        " tally",
     ),
     "replay": Layer(3, "cancellation encoders ending errors events hangup live log loop settings store tail"),
     "document": Layer(3, "ending events store"),
@@ -108,10 +125,23 @@ LAYERS = {
     "departures": Layer(1),
     "inspection": Layer(3, "live loop settings"),
     "diagnostics": Layer(3, "cancellation departures encoders errors events hangup live", "itsdangerous"),
+    "hooks": Layer(3, "ledger schema upstream", "flask"),
+    "process": Layer(
+        3,
+        "diagnostics hooks live log"
+        " loop metrics settings stores upstream",
+    ),
     "mount": Layer(
         4,
-        "access admission answer diagnostics encoders errors hangup ledger live log loop metrics order prompt schema"
-        " settings store stores tracing upstream",
+        "access admission answer encoders errors hangup hooks ledger log loop"
+        " metrics order process prompt schema settings store stores tracing upstream",
+        "flask",
+    ),
+    "jobs": Layer(3, "prompt"),
+    "sender": Layer(3, "attempts delivery errors letters log loop settings webhooks"),
+    "background": Layer(
+        4,
+        "cancellation encoders ending errors hangup jobs live log loop mount order schema sender sheet store",
         "flask",
     ),
     "spending": Layer(3, "store"),
@@ -120,8 +150,13 @@ LAYERS = {
     "findings": Layer(2, "measurements remedies"),
     "diagnosis": Layer(3, "findings measurements remedies"),
     "doctor": Layer(2, "measurements", "httpx2"),
+    "opened_logs": Layer(4, "errors loop mount settings store stores", "click flask"),
+    "mailroom": Layer(4, "letters opened_logs", "click flask"),
+    "worker": Layer(5, "background errors mount", "flask"),
     "cli": Layer(
-        4, "diagnosis diagnostics doctor errors loop mount settings spending store stores", "click flask"
+        5,
+        "diagnosis diagnostics doctor mailroom mount opened_logs settings spending stores worker",
+        "click flask",
     ),
     "page": Layer(4, "mount", "flask"),
     "responses": Layer(5, "access dialects encoders errors hangup mount", "flask werkzeug"),
@@ -138,7 +173,7 @@ LAYERS = {
     ),
     "views": Layer(
         5,
-        "cli dialects errors hangup ledger mount page probing reading responses schema upstream",
+        "background cli dialects errors hangup hooks ledger mount page probing reading responses schema upstream",
         "flask werkzeug",
     ),
     "extension": Layer(6, "mount responses views", "flask"),

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from streamchat.errors import Cancelled, LeaseLost, StoreDown, TooManyStreams
 from streamchat.events import Event, Failure, Finish, Start, Text
 from streamchat.log import Log
 from streamchat.loop import choose_loop
-from streamchat.store import Batch, Ending, Entry, Limits
+from streamchat.store import Batch, Ending, Limits
 from tests.keeping import Block, FaultyStore, expect_settled
 from tests.shop import wait_until
 from tests.store_contract import ending, entry, told
@@ -52,12 +53,8 @@ class Made:
         self.log = log
         self.cancellation = Cancellation()
         self.entry = entry("", **values)
-        self.id, self.sheet = log.admit(self._entry, limits, self.cancellation, needed)
-
-    def _entry(self, owner: str) -> Entry:
-        given = {name: getattr(self.entry, name) for name in self.entry.__slots__}
-        self.entry = Entry(**(given | {"owner": owner}))
-        return self.entry
+        self.id, self.sheet = log.admit(self.entry, limits, self.cancellation, needed)
+        self.entry = replace(self.entry, owner=self.sheet.owner if self.sheet is not None else "")
 
     def say(self, *events: Event) -> None:
         assert self.sheet is not None
@@ -404,12 +401,7 @@ def test_an_answer_that_is_cancelled_while_it_is_admitted_hears_of_it(log: Log, 
         assert heard.wait(2)
 
     store.after["admit"] = cancel
-    made = entry
-
-    def own(owner: str) -> Entry:
-        return made(owner, id=asked.id)
-
-    log.admit(own, NONE, cancellation, True)
+    log.admit(asked, NONE, cancellation, True)
     assert isinstance(cancellation.error, Cancelled)
 
 

@@ -73,7 +73,7 @@ def pruned() -> Iterator[Pruned]:
 def begun(store: MemoryStore, pruned: Pruned) -> Log:
     """A log that has had its first answer: it works from then on."""
     log = Log(store, ThreadLoop(), LEASE, pruned)
-    log.admit(lambda owner: Entry("resp_1", owner, None, "m", 0.0), Limits(), Cancellation(), needed=True)
+    log.admit(Entry("resp_1", "", None, "m", 0.0), Limits(), Cancellation(), needed=True)
     return log
 
 

@@ -300,7 +300,7 @@ def test_a_long_answer_is_counted_as_often_as_a_short_one(
     monkeypatch.setattr(Figures, "_child", counting)
     monkeypatch.setattr(Figures, "beat", lambda _: None)  # once a second
     with open_shop(metrics=True, coalesce_ms=0) as shop:
-        counts = []
+        counts: list[int] = []
         for pieces in (3, 300):
             upstream.script = answer(["word "] * pieces)
             shop.ask()

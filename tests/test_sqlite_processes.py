@@ -12,18 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from streamchat.envelopes import letter_id
 from streamchat.events import Failure
 from streamchat.loop import ThreadLoop
 from streamchat.sqlite_schema import open_file
 from streamchat.sqlite_store import SqliteStore
 
+from .queue_contract import queued
 from .sqlite_lock import HOLDER
-from .store_contract import told
+from .store_contract import NONE, told
 
 ROOT = Path(__file__).parents[1]
 LEASE = 2.0
 ANSWERS = 8
 ROUNDS = 15
+QUEUED = 120
 REAPED_WITHIN = 20.0
 
 # Writes its answers round by round, ends every second one, and holds the others open.
@@ -62,6 +65,45 @@ for number in range(rounds):
 patiently(store.write, owner, [], [ending(each) for each in entries[::2]])
 print("written", flush=True)
 sys.stdin.read()
+"""
+
+# Claims from one queue until nothing waits, ends what it got, then takes letters until none is due; each at a word.
+CLAIMER = """
+import json, sys
+from streamchat.errors import StoreDown
+from streamchat.loop import ThreadLoop
+from streamchat.sqlite_store import SqliteStore
+from tests.queue_contract import LATER, ended
+from tests.store_contract import texts
+
+store = SqliteStore(sys.argv[1], 60, ThreadLoop().lane)
+
+def patiently(task, *values):
+    while True:
+        try:
+            return task(*values)
+        except StoreDown:
+            pass
+
+owner = patiently(store.take_lease)
+
+def at_a_word(take, use):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    got = []
+    while found := patiently(take):
+        for each in found:
+            use(each)
+        got += [each.id for each in found]
+    print(json.dumps(got), flush=True)
+
+def make(answer):
+    assert patiently(store.begin, owner, answer.id)
+    patiently(store.write, owner, [texts(answer.id, 0, 3)], [ended(answer)])
+
+at_a_word(lambda: store.claim(owner, "jobs", 3), make)
+at_a_word(lambda: store.outbox.take(owner, "jobs", LATER, 3), lambda letter: None)
+store.close()
 """
 
 # Ticks every 5 ms while another process holds the lock for two seconds, and everything is tried meanwhile.
@@ -222,6 +264,49 @@ def test_a_killed_process_loses_its_answers_and_no_other_does(store: SqliteStore
             assert seqs(store, id) == list(range(ROUNDS * 3 + 1))
         gauges = store.gauges()
         assert (gauges["owners"], gauges["live"]) == (1, ANSWERS // 2)
+
+
+@contextmanager
+def claimer(path: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", CLAIMER, path]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def taken(processes: list[subprocess.Popen[bytes]]) -> list[list[str]]:
+    """What each took, when all began at once."""
+    for process in processes:
+        says(process, "ready")
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    return [json.loads(process.stdout.readline()) for process in processes if process.stdout is not None]
+
+
+def test_processes_that_claim_from_one_file_at_once_get_each_answer_and_each_letter_once(
+    store: SqliteStore, path: str
+) -> None:
+    owner = store.take_lease()
+    waiting = [queued(owner, user="ann") for _ in range(QUEUED)]
+    for each in waiting:
+        store.admit(each, NONE)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(claimer(path)) for _ in range(2)]
+        first, second = taken(processes)
+        assert first
+        assert second
+        assert sorted(first + second) == [each.id for each in waiting]
+        letters = [id for got in taken(processes) for id in got]
+        assert sorted(letters) == sorted(letter_id(each.id) for each in waiting)
+    assert all(seqs(store, each.id) == [0, 1, 2] for each in waiting)
+    assert [(each.name, each.answers, each.completed) for each in store.usage(0, "user")] == [("ann", QUEUED, QUEUED)]
+    gauges = store.gauges()
+    assert (gauges["queued"], gauges["live"], gauges["waiting"]) == (0, 0, QUEUED)
 
 
 def test_processes_that_are_killed_while_they_write_leave_a_whole_file(store: SqliteStore, path: str) -> None:

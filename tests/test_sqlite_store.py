@@ -10,10 +10,11 @@ import pytest
 from streamchat.loop import ThreadLoop
 from streamchat.sqlite_store import SqliteStore
 
+from .queue_contract import QueueContract
 from .store_contract import LEASE, Clock, ClockContract, StoreContract
 
 
-class TestSqliteStore(ClockContract, StoreContract):
+class TestSqliteStore(QueueContract, ClockContract, StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path, clock: Clock) -> Iterator[SqliteStore]:
         store = SqliteStore(str(tmp_path / "log.db"), LEASE, ThreadLoop().lane, clock)

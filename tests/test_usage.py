@@ -206,6 +206,8 @@ def test_the_help_says_what_each_option_is(upstream: FakeUpstream, file: str) ->
         "prune",
         "settings",
         "usage",
+        "webhooks",
+        "worker",
     ]
     for word in ("--since WHEN", "--by [user|model|day]", "--csv", "--mount NAME", "30d", "24h"):
         assert word in "\n".join(usage)
