@@ -5,7 +5,6 @@ Celery and RQ are fakes that keep what they are given: what they do with it them
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,12 @@ import pytest
 from streamchat.background import BEAT, SWEEP_AFTER
 from streamchat.carrier import KEPT, MOST_CARRIED, POPPERS, PREFIX, PUSHERS
 from streamchat.settings import Settings
+from tests.documents import blocks, read
 from tests.fake_upstream import FakeUpstream, answer
 from tests.shop import KEY, Shop
 
-TEXT = (Path(__file__).parent.parent / "docs" / "carriers.md").read_text()
-CELERY, RQ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TEXT = read("carriers.md")
+CELERY, RQ = blocks(TEXT)
 JOB = {"message": "hi", "background": True}
 
 

@@ -25,6 +25,7 @@ from streamchat import tracing
 from streamchat.ledger import log_record
 from streamchat.metric_table import METRICS, OPERATION, PROVIDER
 from streamchat.metrics import OUTCOMES, UPSTREAMS
+from tests.documents import blocks
 from tests.fake_upstream import FakeUpstream
 from tests.live.servers import gunicorn, wait_for
 from tests.shop import KEY
@@ -32,8 +33,8 @@ from tests.test_ledger import RECORD
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "operations.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-ALERTS = re.findall(r"```yaml\n(groups:.*?)```", PAGE.read_text(), re.DOTALL)[0]
+BLOCKS = blocks(PAGE.read_text())
+(ALERTS,) = [block for block in blocks(PAGE.read_text(), "yaml") if block.startswith("groups:")]
 MARKED = re.compile(r"(<!-- metrics -->\n)(.*?)(<!-- /metrics -->)", re.DOTALL)
 SUFFIXES = ("_bucket", "_sum", "_count")
 
