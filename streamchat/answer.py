@@ -28,6 +28,7 @@ from .tally import Tally
 
 class Answer:
     """Owns the upstream's reply, the watch on the caller and the slot; `release` gives all back, once.
+
     An answer that outlives its caller goes on in a helper, which then is the one that closes it.
     """
 
