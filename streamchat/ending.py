@@ -14,7 +14,6 @@ logger = logging.getLogger("streamchat")
 
 # Everything else that is no finish is a failure.
 CANCELLED = ("cancelled", "caller_left", "caller_stalled")
-INCOMPLETE = ("length", "content_filter")  # finish reasons: the model was stopped
 
 
 def failure_of(error: StreamChatError, words: Callable[[StreamChatError], str]) -> Failure:
@@ -39,9 +38,8 @@ def error_of(failure: Failure) -> StreamChatError:
 
 def ending_of(record: Record, event: Finish | Failure) -> Ending:
     if isinstance(event, Finish):
-        state: Status = "incomplete" if event.finish_reason in INCOMPLETE else "completed"
-        return Ending(record.id, state, record, event.finish_reason, event.usage)
-    state = "cancelled" if record.outcome in CANCELLED else "failed"
+        return Ending(record.id, event.status, record, event.finish_reason, event.usage)
+    state: Status = "cancelled" if record.outcome in CANCELLED else "failed"
     return Ending(record.id, state, record, error=event.code)
 
 
