@@ -29,11 +29,13 @@ def _kinds(base: type[StreamChatError]) -> dict[str, type[StreamChatError]]:
 
 
 KINDS = _kinds(StreamChatError)
+# Seconds, by the code of a failure that passes by itself: events do not carry what the first caller was told.
+RETRY_AFTER = dict.fromkeys(("overloaded", "draining", "upstream_rate_limited"), 5)
 
 
 def error_of(failure: Failure) -> StreamChatError:
     """The error that a logged failure was, in the words that it had."""
-    return KINDS.get(failure.code, Interrupted)(failure.message)
+    return KINDS.get(failure.code, Interrupted)(failure.message, retry_after=RETRY_AFTER.get(failure.code))
 
 
 def ending_of(record: Record, event: Finish | Failure) -> Ending:

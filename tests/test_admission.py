@@ -83,6 +83,17 @@ def test_the_same_key_gives_the_failure_again(upstream: FakeUpstream, shop: Shop
     assert len(upstream.requests) == 1
 
 
+def test_the_same_key_is_told_again_to_wait(upstream: FakeUpstream, shop: Shop, store: FaultyStore) -> None:
+    upstream.script = error(429, headers={"Retry-After": "7"})
+    waits = []
+    for _ in range(2):
+        response = ask(shop, Idempotency_Key="k")
+        assert code(response) == (503, "upstream_rate_limited")
+        waits.append(response.headers["Retry-After"])
+        expect_settled(store)
+    assert waits == ["7", "5"]
+
+
 def test_the_same_key_with_another_body_is_refused(upstream: FakeUpstream, shop: Shop) -> None:
     assert ask(shop, "a", Idempotency_Key="k").status_code == 200
     assert code(ask(shop, "b", Idempotency_Key="k")) == (422, "idempotency_mismatch")
