@@ -46,7 +46,7 @@ class Answer:
         self.order = order
         self.caller = caller
         self.cancellation = Cancellation()
-        self.tally = Tally(order.prompt.messages, keep_text=keep_text)
+        self.tally = Tally(order.prompt.messages, order.prompt.params.get("tools") or (), keep_text=keep_text)
         self.started = self.tally.started
         self.user = order.user
         self.writing_since = 0.0

@@ -124,7 +124,9 @@ def _is_told(mount: Mount, kept: Kept, after: int) -> bool:
     events = _events(mount, kept, last - 1)
     end = events[-1] if events else None
     if after > last and isinstance(end, Finish):
-        raise InvalidRequest(f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.')
+        raise InvalidRequest(
+            f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.'
+        )
     return after == last and isinstance(end, ENDS)
 
 

@@ -257,6 +257,35 @@ def test_tokens_a_day_are_reserved_and_settled_with_what_was_used(
         assert ask(shop, user="bob").status_code == 200
 
 
+def test_images_and_tools_are_reserved_too(
+    upstream: FakeUpstream, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 4000, "parameters": {}}}
+    asked = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "Hello?"}], "tools": [tool]}
+
+    def build(asked: ChatRequest, user: str | None) -> Sequence[Any]:
+        return [{"role": "user", "content": [image]}]
+
+    options = {"tokens_per_day": 10_000, "max_output_tokens": 900, "gateway": True, "params": ["tools"]}
+    with keeping_shop(monkeypatch, store, build_messages=build, **options) as shop:
+        gate, upstream.script = gated()
+        (caller,) = holding(shop, 1, ["ann"])
+        upstream.wait_for_requests(1)
+        assert store.memory.gauges()["reserved"] == 1900
+        gate.open()
+        caller.join(10)
+        expect_settled(store)
+        gate, upstream.script = gated()
+        client, headers = shop.app.test_client(), {"X-User": "ann"}
+        posted = threading.Thread(target=lambda: client.post("/api/v1/chat/completions", json=asked, headers=headers))
+        posted.start()
+        upstream.wait_for_requests(2)
+        assert 2900 <= store.memory.gauges()["reserved"] < 2950
+        gate.open()
+        posted.join(10)
+
+
 # --- a store that is not there
 
 
