@@ -18,6 +18,10 @@ from .loop import NEVER, Loop
 class Source(Protocol):
     """Where events come from: upstream.Reply, or its Opening."""
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the last read brought so much that there may be more to take than one read brings."""
+
     def read(self, until: float) -> list[Event] | None: ...
 
     def close(self) -> None: ...
@@ -57,6 +61,10 @@ class Opening:
             raise self._error
         assert self._reply is not None
         return self._reply.read(until)
+
+    @property
+    def ahead(self) -> bool:
+        return self._reply is not None and self._reply.ahead
 
     def close(self) -> None:
         with self._lock:
