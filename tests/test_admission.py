@@ -26,15 +26,7 @@ from tests.fake_upstream import (
     usage_chunk,
 )
 from tests.keeping import FaultyStore, ask, expect_settled, get, keeping_shop
-from tests.shop import KEY, NDJSON, SSE, TEXT, URL, WHOLE, Shop, open_shop, serve, wait_until
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+from tests.shop import NDJSON, SSE, TEXT, URL, WHOLE, Shop, open_shop, serve, wait_until
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from tests.fake_upstream import (
 )
 from tests.keeping import FaultyStore, ask, expect_settled, get, get_bytes, keeping_shop, post
 from tests.shop import (
-    KEY,
     NDJSON,
     SSE,
     TEXT,
@@ -47,14 +46,6 @@ from tests.shop import (
 
 ANN = "X-User: ann\r\n"
 GONE = "/responses/resp_00000000000000000000000000000000"
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
 
 
 @pytest.fixture
