@@ -19,7 +19,7 @@ from .order import Order
 from .schema import ChatRequest
 from .settings import Settings
 from .store import Entry, Limits
-from .tally import CHARS_A_TOKEN, length_of
+from .tally import tokens_of
 
 RETRY_AFTER = 5  # seconds; an answer of the user may have ended by then
 DAY = 86_400
@@ -96,9 +96,8 @@ class Admission:
         if not self._settings.tokens_per_day:
             return 0
         params = order.prompt.params
-        asked = sum(length_of(message) for message in order.prompt.messages)
         longest = int(params.get("max_output_tokens", self._settings.max_output_tokens))
-        return -(-asked // CHARS_A_TOKEN) + longest * int(params.get("n") or 1)
+        return tokens_of(order.prompt.messages, params.get("tools") or ()) + longest * int(params.get("n") or 1)
 
 
 @contextlib.contextmanager

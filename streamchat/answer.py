@@ -29,6 +29,7 @@ from .tally import Tally
 
 class Answer:
     """Owns the upstream's reply, the watch on the caller and the slot; `release` gives all back, once.
+
     An answer that outlives its caller goes on in a helper, which then is the one that closes it.
     """
 
@@ -45,7 +46,7 @@ class Answer:
     ) -> None:
         self.order, self.caller, self.user = order, caller, order.user
         self.cancellation = Cancellation()
-        self.tally = Tally(order.prompt.messages, keep_text=keep_text)
+        self.tally = Tally(order.prompt.messages, order.prompt.params.get("tools") or (), keep_text=keep_text)
         self.started = self.tally.started
         self.writing_since = 0.0
         self.alone_since = 0.0  # monotonic: when the caller left an answer that goes on

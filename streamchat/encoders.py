@@ -163,7 +163,7 @@ class JsonEncoder(WholeEncoder):
     def body(self, start: Start, finish: Finish) -> dict[str, object]:
         return {
             "id": start.id,
-            "status": "completed",
+            "status": finish.status,
             "model": start.model,
             "created_at": start.created_at,
             "text": self.choices[0].text("text") + self.choices[0].text("refusal"),

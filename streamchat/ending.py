@@ -16,7 +16,6 @@ logger = logging.getLogger("streamchat")
 
 # Everything else that is no finish is a failure.
 CANCELLED = ("cancelled", "caller_left", "caller_stalled")
-INCOMPLETE = ("length", "content_filter")  # finish reasons: the model was stopped
 
 
 def failure_of(error: StreamChatError, words: Callable[[StreamChatError], str]) -> Failure:
@@ -32,11 +31,13 @@ def _kinds(base: type[StreamChatError]) -> dict[str, type[StreamChatError]]:
 
 
 KINDS = _kinds(StreamChatError)
+# Seconds, by the code of a failure that passes by itself: events do not carry what the first caller was told.
+RETRY_AFTER = dict.fromkeys(("overloaded", "draining", "upstream_rate_limited"), 5)
 
 
 def error_of(failure: Failure) -> StreamChatError:
     """The error that a logged failure was, in the words that it had."""
-    return KINDS.get(failure.code, Interrupted)(failure.message)
+    return KINDS.get(failure.code, Interrupted)(failure.message, retry_after=RETRY_AFTER.get(failure.code))
 
 
 def ending_of(record: Record, event: Finish | Failure, order: Order | None = None, text: str = "") -> Ending:
@@ -50,9 +51,8 @@ def ending_of(record: Record, event: Finish | Failure, order: Order | None = Non
 
 def _state_of(record: Record, event: Finish | Failure) -> Ending:
     if isinstance(event, Finish):
-        state: Status = "incomplete" if event.finish_reason in INCOMPLETE else "completed"
-        return Ending(record.id, state, record, event.finish_reason, event.usage)
-    state = "cancelled" if record.outcome in CANCELLED else "failed"
+        return Ending(record.id, event.status, record, event.finish_reason, event.usage)
+    state: Status = "cancelled" if record.outcome in CANCELLED else "failed"
     return Ending(record.id, state, record, error=event.code)
 
 

@@ -7,7 +7,7 @@ which of several answers to one question it belongs to; only OpenAI's clients ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 # As Chat Completions has them: {"content": [...] or None, "refusal": [...] or None}. Fields of it stay out of an
 # event's hash, since a dict has none.
@@ -89,6 +89,9 @@ class Usage:
         return self.input_tokens + self.output_tokens
 
 
+INCOMPLETE = ("length", "content_filter")  # finish reasons: the model was stopped
+
+
 @dataclass(frozen=True, slots=True)
 class Finish:
     """The upstream said that the answer is whole. `usage` is None until somebody counted.
@@ -99,6 +102,11 @@ class Finish:
     type: ClassVar[str] = "finish"
     finish_reason: str
     usage: Usage | None = None
+
+    @property
+    def status(self) -> Literal["completed", "incomplete"]:
+        """What has become of the answer: the object of a whole answer and the log say the same."""
+        return "incomplete" if self.finish_reason in INCOMPLETE else "completed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,12 @@ from .loop import NEVER, Loop
 
 
 class Source(Protocol):
-    """Where events come from: upstream.Reply, or its Opening."""
+    """Where events come from: upstream.Reply, or its Opening.
+
+    `ahead`: the last read brought so much that there may be more to take than one read brings.
+    """
+
+    ahead: bool
 
     def read(self, until: float) -> list[Event] | None: ...
 
@@ -34,6 +39,7 @@ class Opening:
         self._reply: Source | None = None
         self._error: Exception | None = None
         self._closed = False
+        self.ahead = False
         cancellation.then(self._news.set)
         loop.spawn(self._run)
 
@@ -55,8 +61,11 @@ class Opening:
         self._cancellation.check()
         if self._error is not None:
             raise self._error
-        assert self._reply is not None
-        return self._reply.read(until)
+        reply = self._reply
+        assert reply is not None
+        events = reply.read(until)
+        self.ahead = reply.ahead
+        return events
 
     def close(self) -> None:
         with self._lock:

@@ -11,7 +11,6 @@ from .opening import Source
 from .settings import Settings
 from .tally import Tally
 
-MANY_EVENTS = 6  # in one read: the upstream is ahead, and there is more to take than one read brings
 EAGER_PIECES = 3  # the first ones are never held back to be joined with others
 
 
@@ -41,7 +40,7 @@ class Pull:
             now = time.monotonic()
             if events:
                 self._reads += 1
-                if len(events) >= MANY_EVENTS:
+                if self.source.ahead:
                     self._last_read = 0.0
                 self._progress_due = now + self._idle
                 tally.first_piece = tally.first_piece or now - tally.started

@@ -17,7 +17,7 @@ from .document import document
 from .encoders import Encoder, choose_encoder
 from .ending import error_of
 from .errors import InvalidRequest, StreamChatError
-from .events import ENDS, Event, Failure, Start
+from .events import ENDS, Event, Failure, Finish, Start
 from .hangup import Caller
 from .mount import Mount
 from .replay import Replay
@@ -114,11 +114,21 @@ def _events(mount: Mount, kept: Kept, after: int) -> list[Event]:
 
 
 def _is_told(mount: Mount, kept: Kept, after: int) -> bool:
-    """Whether a reader has it all. The last event that is kept need not be the answer's last."""
-    if kept.status in LIVE or after != kept.next - 1:
+    """Whether a reader has it all. The last event that is kept need not be the answer's last.
+
+    Raises InvalidRequest for more events than a whole answer has. Of one that failed its readers may have more than the
+    log: what its producer had told and not yet written.
+    """
+    last = kept.next - 1
+    if kept.status in LIVE or after < last:
         return False
-    events = _events(mount, kept, after - 1)
-    return bool(events) and isinstance(events[-1], ENDS)
+    events = _events(mount, kept, last - 1)
+    end = events[-1] if events else None
+    if after > last and isinstance(end, Finish):
+        raise InvalidRequest(
+            f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.'
+        )
+    return after == last and isinstance(end, ENDS)
 
 
 def _after() -> int:

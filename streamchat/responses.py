@@ -1,6 +1,7 @@
 """What every view of the blueprint shares: its mount, its errors, its headers, and streams as WSGI responses.
 
-With views and reading the only file that touches `request` and `Response`. The generators it hands out use neither.
+With views, reading and probing the only file that touches `request` and `Response`. The generators it hands out use
+neither.
 """
 
 from __future__ import annotations

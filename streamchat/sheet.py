@@ -74,16 +74,16 @@ class Sheet:
         if events:
             self._tell(self._add(events, None), events)
 
-    def end(self, event: Finish | Failure, ending: Ending, hold: float) -> bool:
+    def end(self, event: Finish | Failure, ending: Ending, hold: float) -> None:
         """The last event and the final state: written in one transaction, at once.
 
-        Waits for that at most `hold` seconds, and only then tells readers. Whether the whole answer is written.
+        Waits for that at most `hold` seconds, and only then tells readers; `trouble` says what became of it.
         """
         seq = self._add((event,), ending)
-        written = self._written.wait(hold) if hold else self._written.is_set()
+        if hold:
+            self._written.wait(hold)
         self._end_is_told = True
         self._tell(seq, (event,))
-        return written and not self.lost
 
     def wait(self, seconds: float) -> bool:
         """For the final state to be written. False: it is not yet."""

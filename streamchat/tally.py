@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,20 +12,22 @@ from .events import ChoiceEnd, Event, Finish, ToolCall, Usage
 from .ledger import Record, Trail
 
 CHARS_A_TOKEN = 4  # OpenAI's rule of thumb for English; used only where the upstream does not count
+IMAGE_TOKENS = 1000  # OpenAI's guide to vision, in high detail: 765 for 1024 x 1024 pixels, 1105 for 2048 x 4096
+IMAGES = ("image_url", "input_image")
 NOT_SENT = ("upstream_unreachable", "overloaded")
 
 
 class Tally:
     """Counts while the answer goes on. `text` is kept only where somebody will read it."""
 
-    def __init__(self, messages: Sequence[Any], *, keep_text: bool) -> None:
+    def __init__(self, messages: Sequence[Any], tools: Sequence[Any] = (), *, keep_text: bool) -> None:
         self.started = time.monotonic()
         self.created_at = time.time()
         self.trail = Trail()
         self.first_piece: float | None = None  # seconds after the start
         self.finish: Finish | None = None
         self.outcome: str | None = None
-        self._messages = messages
+        self._asked = (messages, tools)
         self._pieces = 0
         self._chars = 0
         self._texts: dict[int, list[str]] | None = {} if keep_text else None  # of each choice
@@ -54,8 +57,8 @@ class Tally:
         self.outcome = self.outcome or outcome
 
     def _estimate(self) -> Usage:
-        asked = sum(length_of(message) for message in self._messages) if self._was_taken() else 0
-        return Usage(-(-asked // CHARS_A_TOKEN), -(-self._chars // CHARS_A_TOKEN), estimated=True)
+        asked = tokens_of(*self._asked) if self._was_taken() else 0
+        return Usage(asked, -(-self._chars // CHARS_A_TOKEN), estimated=True)
 
     def _was_taken(self) -> bool:
         """Whether the upstream may have counted the prompt: not where it said no, or was not reached."""
@@ -84,6 +87,27 @@ class Tally:
         )
 
 
-def length_of(message: Any) -> int:
-    content = message.get("content") if isinstance(message, dict) else None
-    return len(content) if isinstance(content, str) else 0
+def tokens_of(messages: Sequence[Any], tools: Sequence[Any] = ()) -> int:
+    """What a question may cost: an estimate, with its tools, and with the calls and images in its conversation."""
+    chars = sum(_length_of(message) for message in messages) + _json_length(tools)
+    return -(-chars // CHARS_A_TOKEN)
+
+
+def _length_of(message: Any) -> int:
+    if not isinstance(message, dict):
+        return 0
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    return sum(_part_length(part) for part in parts) + _json_length(message.get("tool_calls"))
+
+
+def _part_length(part: Any) -> int:
+    if isinstance(part, str):
+        return len(part)
+    if isinstance(part, dict) and part.get("type") in IMAGES:
+        return IMAGE_TOKENS * CHARS_A_TOKEN
+    return _json_length(part)
+
+
+def _json_length(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False, default=str)) if value else 0

@@ -17,6 +17,7 @@ import httpx2
 import openai
 
 from .cancellation import Cancellation
+from .connection import READ_BYTES
 from .decoder import StreamDecoder
 from .errors import (
     Interrupted,
@@ -40,6 +41,7 @@ from .transport import BODY, CURRENT, Body, FastTransport
 ClientFactory = Callable[[], openai.OpenAI]
 
 SPARE_CONNECTIONS = 32  # answers that are ending while the next begin
+MANY_BYTES = READ_BYTES // 2  # in one read: there may be more than the next read brings
 CONCLUDE_SECONDS = 5.0  # how long the usage may take once the answer is whole
 FIRST_BACKOFF = 0.5  # seconds; doubled each attempt, as the SDK does
 LONGEST_BACKOFF = 8.0
@@ -230,6 +232,7 @@ class Reply:
         self._trail = trail
         self._decoder = decoder
         self._conclude_by: float | None = None
+        self.ahead = False
 
     def read(self, until: float) -> list[Event] | None:
         """Events, [] where the bytes completed none, None at the monotonic time `until`. The last one is Finish.
@@ -251,7 +254,10 @@ class Reply:
             return self._decoder.conclude()  # whole, without its usage
         if failure is not None:
             raise failure
-        return None if data is None else self._decoded(data)
+        if data is None:
+            return None
+        self.ahead = len(data) >= MANY_BYTES
+        return self._decoded(data)
 
     def _usage_due(self) -> float:
         """Counted from when the answer is whole, whatever comes after that."""

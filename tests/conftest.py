@@ -13,6 +13,9 @@ from typing import TypeVar
 import pytest
 from hypothesis import settings
 
+from tests.fake_upstream import FakeUpstream
+from tests.shop import KEY
+
 # No deadline: a noisy machine is no bug. The same examples every time where a red run must be repeatable.
 settings.register_profile("here", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, database=None)
@@ -59,6 +62,15 @@ def http(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Both ways to the upstream: our own transport, and the SDK's own HTTP. Shops that are opened take this one."""
     monkeypatch.setenv("STREAMCHAT_HTTP", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
+    """The model, to which the shops that are opened go."""
+    with FakeUpstream() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield server
 
 
 @pytest.fixture(autouse=True)

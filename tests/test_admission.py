@@ -26,15 +26,7 @@ from tests.fake_upstream import (
     usage_chunk,
 )
 from tests.keeping import FaultyStore, ask, expect_settled, get, keeping_shop
-from tests.shop import KEY, NDJSON, SSE, TEXT, URL, WHOLE, Shop, open_shop, serve, wait_until
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+from tests.shop import NDJSON, SSE, TEXT, URL, WHOLE, Shop, open_shop, serve, wait_until
 
 
 @pytest.fixture
@@ -81,6 +73,17 @@ def test_the_same_key_gives_the_failure_again(upstream: FakeUpstream, shop: Shop
         assert code(ask(shop, Idempotency_Key="k")) == (502, "upstream_rejected")
         expect_settled(store)
     assert len(upstream.requests) == 1
+
+
+def test_the_same_key_is_told_again_to_wait(upstream: FakeUpstream, shop: Shop, store: FaultyStore) -> None:
+    upstream.script = error(429, headers={"Retry-After": "7"})
+    waits = []
+    for _ in range(2):
+        response = ask(shop, Idempotency_Key="k")
+        assert code(response) == (503, "upstream_rate_limited")
+        waits.append(response.headers["Retry-After"])
+        expect_settled(store)
+    assert waits == ["7", "5"]
 
 
 def test_the_same_key_with_another_body_is_refused(upstream: FakeUpstream, shop: Shop) -> None:
@@ -244,6 +247,35 @@ def test_tokens_a_day_are_reserved_and_settled_with_what_was_used(
         expect_settled(store)
         assert code(ask(shop)) == (429, "budget_exhausted")
         assert ask(shop, user="bob").status_code == 200
+
+
+def test_images_and_tools_are_reserved_too(
+    upstream: FakeUpstream, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 4000, "parameters": {}}}
+    asked = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "Hello?"}], "tools": [tool]}
+
+    def build(asked: ChatRequest, user: str | None) -> Sequence[Any]:
+        return [{"role": "user", "content": [image]}]
+
+    options = {"tokens_per_day": 10_000, "max_output_tokens": 900, "gateway": True, "params": ["tools"]}
+    with keeping_shop(monkeypatch, store, build_messages=build, **options) as shop:
+        gate, upstream.script = gated()
+        (caller,) = holding(shop, 1, ["ann"])
+        upstream.wait_for_requests(1)
+        assert store.memory.gauges()["reserved"] == 1900
+        gate.open()
+        caller.join(10)
+        expect_settled(store)
+        gate, upstream.script = gated()
+        client, headers = shop.app.test_client(), {"X-User": "ann"}
+        posted = threading.Thread(target=lambda: client.post("/api/v1/chat/completions", json=asked, headers=headers))
+        posted.start()
+        upstream.wait_for_requests(2)
+        assert 2900 <= store.memory.gauges()["reserved"] < 2950
+        gate.open()
+        posted.join(10)
 
 
 # --- a store that is not there

@@ -69,11 +69,8 @@ HEARTBEATS = {SSE: b": keep-alive\n", NDJSON: b'{"type":"heartbeat"}\n'}
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+def upstream(http: str, upstream: FakeUpstream) -> FakeUpstream:
+    return upstream
 
 
 @pytest.fixture
@@ -190,8 +187,14 @@ def test_the_record_says_what_on_call_needs(upstream: FakeUpstream) -> None:
 # --- coalescing -----------------------------------------------------------------------------------------
 
 
+class Many(list[Event]):
+    """Events of a read that brought about as much as one can bring."""
+
+
 class Script:
     """A source of events: each step is a list of events, an error, or a function that makes one."""
+
+    ahead = False
 
     def __init__(self, *steps: Any) -> None:
         self._steps = list(steps)
@@ -205,6 +208,7 @@ class Script:
             step = step(until)
         if isinstance(step, BaseException):
             raise step
+        self.ahead = isinstance(step, Many)
         return step  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -271,6 +275,20 @@ def test_the_first_three_pieces_are_not_held_back_and_later_ones_are_joined() ->
         gaps = read_times(made)
     assert max(gaps[:2]) < 0.05
     assert min(gaps[2:]) >= 0.099
+
+
+def test_an_upstream_that_is_ahead_is_read_on_at_once() -> None:
+    pieces = [Many([Text(str(n))]) for n in range(6)]
+    with bench(*pieces, [Text("x")], [END], coalesce_ms=100) as made:
+        gaps = read_times(made)
+    assert max(gaps[:6]) < 0.05
+    assert gaps[6] >= 0.099
+
+
+def test_many_small_pieces_are_no_sign_that_the_upstream_is_ahead() -> None:
+    pieces: list[list[Event]] = [[Text("x")] * 20 for _ in range(5)]
+    with bench(*pieces, [END], coalesce_ms=100) as made:
+        assert min(read_times(made)[2:]) >= 0.099
 
 
 def test_heartbeats_do_not_count_as_first_pieces() -> None:

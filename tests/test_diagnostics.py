@@ -36,7 +36,7 @@ from streamchat.gevent_loop import holders_of_originals
 from streamchat.inspection import worker_class
 from streamchat.loop import late_modules
 from tests.fake_upstream import FakeUpstream
-from tests.shop import KEY, NDJSON, SSE, TEXT, Shop, call, events_of, open_shop, read_all, read_until, serve, wait_until
+from tests.shop import NDJSON, SSE, TEXT, Shop, call, events_of, open_shop, read_all, read_until, serve, wait_until
 
 SECRET = "the secret of this shop"
 URL = "/api/diagnostics/stream"
@@ -48,14 +48,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this test's departures are noted."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
 
 
 @pytest.fixture

@@ -160,6 +160,14 @@ def test_whole_json_is_written_when_the_answer_is_whole_and_not_before() -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [("stop", "completed"), ("tool_calls", "completed"), ("length", "incomplete"), ("content_filter", "incomplete")],
+)
+def test_whole_json_says_whether_the_model_was_stopped(reason: str, status: str) -> None:
+    assert json.loads(encoded(JsonEncoder, [START, Text("a"), Finish(reason)]))["status"] == status
+
+
 def test_whole_json_of_a_failed_answer_is_not_written_at_all() -> None:
     assert encoded(JsonEncoder, [START, Text("Hel"), CUT]) == b""
 

@@ -68,6 +68,12 @@ def test_a_logged_failure_becomes_the_error_that_it_was(kind: type[StreamChatErr
     )
 
 
+@pytest.mark.parametrize("kind", kinds(StreamChatError))
+def test_a_logged_failure_that_passes_by_itself_says_when_to_try_again(kind: type[StreamChatError]) -> None:
+    passes = kind.code in ("overloaded", "draining", "upstream_rate_limited")
+    assert (error_of(failure_of(kind(), lambda error: error.detail)).retry_after is not None) == passes
+
+
 def test_a_code_that_nobody_knows_was_an_interruption() -> None:
     assert error_of(Failure("of_tomorrow", "words", False)).status == 500
 

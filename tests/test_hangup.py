@@ -17,17 +17,14 @@ from streamchat.answer import Answer
 from streamchat.hangup import Caller, Hangups
 from streamchat.loop import choose_loop
 from tests.fake_upstream import FakeUpstream, Gate, Hang, Rst, Step, error, head, text
-from tests.shop import KEY, SSE, STREAMS, TEXT, call, open_shop, post_bytes, read_all, read_until, serve, wait_until
+from tests.shop import SSE, STREAMS, TEXT, call, open_shop, post_bytes, read_all, read_until, serve, wait_until
 
 SEEN_WITHIN = 0.3  # seconds; the live trials measure it, here it is only "at once"
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+def upstream(http: str, upstream: FakeUpstream) -> FakeUpstream:
+    return upstream
 
 
 @pytest.fixture

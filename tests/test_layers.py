@@ -96,7 +96,8 @@ LAYERS = {
     "faults": Layer(2, "decoder errors ledger", "httpx2 openai"),
     "upstream": Layer(
         2,
-        "cancellation decoder errors events faults ledger loop prompt sdk_transport settings template transport",
+        "cancellation connection decoder errors events faults ledger loop prompt sdk_transport settings template"
+        " transport",
         "httpx2 openai",
     ),
     "carrier": Layer(2, "errors loop redis_link", "huey"),

@@ -26,17 +26,9 @@ from tests.fake_upstream import (
     usage_chunk,
 )
 from tests.keeping import FaultyStore, expect_settled, get, get_bytes, keeping_shop, post
-from tests.shop import KEY, NDJSON, SSE, TEXT, Shop, call, post_bytes, read_until, serve, wait_until
+from tests.shop import NDJSON, SSE, TEXT, Shop, call, post_bytes, read_until, serve, wait_until
 
 ANN = "X-User: ann\r\n"
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
 
 
 class Scene:

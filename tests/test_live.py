@@ -19,7 +19,6 @@ from streamchat.loop import choose_loop
 from tests.fake_upstream import FakeUpstream, Gate, Hang, Repeat, Rst, done, error, finish, head, last_chunk, text
 from tests.shop import (
     FORMATS,
-    KEY,
     NDJSON,
     SSE,
     STREAMS,
@@ -35,11 +34,8 @@ from tests.shop import (
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+def upstream(http: str, upstream: FakeUpstream) -> FakeUpstream:
+    return upstream
 
 
 @pytest.fixture

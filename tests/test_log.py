@@ -62,8 +62,10 @@ class Made:
             self.sheet.extend([event])
 
     def end(self, hold: float = 5) -> bool:
+        """Whether the whole answer is written."""
         assert self.sheet is not None
-        return self.sheet.end(FINISH, ending(self.entry), hold)
+        self.sheet.end(FINISH, ending(self.entry), hold)
+        return not self.sheet.trouble()
 
 
 def kept(store: FaultyStore, id: str) -> list[tuple[int, Event]]:

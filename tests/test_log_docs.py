@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from streamchat.spending import table
 from streamchat.store import Spent
 from tests.documents import ROOT, app_of, blocks, made_parts, read
 from tests.fake_upstream import FakeUpstream, answer
-from tests.shop import KEY, Shop, open_shop, serve
+from tests.shop import Shop, open_shop, serve
 
 RESUME, LIMITS = read("resume.md"), read("limits.md")
 COMMANDS, BLOCKS = blocks(RESUME, "sh"), blocks(LIMITS)
@@ -30,12 +29,9 @@ SUMS = [Spent("", 1, 0, 9, 0, 1), Spent("ann", 41, 39, 18_204, 30_122, 2), Spent
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        server.script = answer(["Hello, ", "world!"])
-        yield server
+def upstream(upstream: FakeUpstream) -> FakeUpstream:
+    upstream.script = answer(["Hello, ", "world!"])
+    return upstream
 
 
 def run_all(commands: list[str], address: str, folder: Path) -> list[str]:

@@ -6,11 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from streamchat.errors import Gap
 from streamchat.replay import LOOK
 from tests.fake_upstream import (
     FakeUpstream,
@@ -29,7 +28,6 @@ from tests.fake_upstream import (
 )
 from tests.keeping import FaultyStore, ask, expect_settled, get, get_bytes, keeping_shop, post
 from tests.shop import (
-    KEY,
     NDJSON,
     SSE,
     TEXT,
@@ -48,14 +46,6 @@ from tests.shop import (
 
 ANN = "X-User: ann\r\n"
 GONE = "/responses/resp_00000000000000000000000000000000"
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
 
 
 @pytest.fixture
@@ -230,11 +220,20 @@ def test_an_after_that_is_no_seq_is_refused(here: Shop, after: str) -> None:
     assert get(here, f"/responses/{id}/stream?after={after}").status_code == 400
 
 
-def test_an_after_beyond_what_is_kept_is_a_gap(here: Shop) -> None:
+@pytest.mark.parametrize("headers", [{}, {"Last-Event-ID": "%d"}])
+@pytest.mark.parametrize("accept", [TEXT, SSE, NDJSON, WHOLE])
+def test_an_after_beyond_the_end_of_a_whole_answer_is_refused(
+    here: Shop, there: Shop, accept: str, headers: dict[str, str]
+) -> None:
+    """No reader has so many events of it. An EventSource stops at that as it does at 204."""
     first = ask(here, accept=NDJSON)
-    after = seqs(first.data)[-1] + 1
-    told = get(here, f"/responses/{first.headers['X-Response-Id']}/stream?after={after}", Accept=NDJSON)
-    assert (told.status_code, told.json["code"]) == (500, Gap.code)  # type: ignore[index]
+    path, after = f"/responses/{first.headers['X-Response-Id']}/stream", seqs(first.data)[-1] + 1
+    for shop in (here, there):
+        given = {name: value % after for name, value in headers.items()}
+        told = get(shop, path if given else f"{path}?after={after}", Accept=accept, **given)
+        problem = cast(dict[str, str], told.json)
+        assert (told.status_code, problem["code"]) == (400, "invalid_request")
+        assert '"after"' in problem["detail"] and f" {after - 1}" in problem["detail"]
 
 
 def test_text_and_one_whole_object_are_told_again_too(here: Shop, there: Shop) -> None:
@@ -243,6 +242,13 @@ def test_text_and_one_whole_object_are_told_again_too(here: Shop, there: Shop) -
     assert get(there, path, Accept=TEXT).data == b"Hello, world!"
     for after in ("", "?after=0", "?after=2"):
         assert get(there, path + after, Accept=WHOLE).json == whole.json
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter"])
+def test_a_whole_answer_is_the_object_that_is_kept_of_it(upstream: FakeUpstream, here: Shop, reason: str) -> None:
+    upstream.script = answer(["Hel"], finish_reason=reason)
+    whole = ask(here, accept=WHOLE)
+    assert get(here, f"/responses/{whole.headers['X-Response-Id']}").json == whole.json
 
 
 def test_a_failed_answer_has_its_true_status_where_nothing_was_said(upstream: FakeUpstream, here: Shop) -> None:

@@ -226,6 +226,19 @@ def test_a_hundred_answers_open_at_most_two_connections(server: FakeUpstream, tl
     assert server.connections <= 2
 
 
+@pytest.mark.parametrize(("events_at_once", "ahead"), [(300, True), (6, False)])
+def test_a_reply_knows_whether_the_upstream_is_ahead(
+    once: Asking, server: FakeUpstream, events_at_once: int, ahead: bool
+) -> None:
+    server.script = [head(), http_chunk(event({"content": "x" * 100}) * events_at_once), finish(), last_chunk()]
+    seen, events = [], list[Event]()
+    with contextlib.closing(once.open()) as reply:
+        while not (events and isinstance(events[-1], Finish)):
+            events += reply.read(time.monotonic() + 5) or []
+            seen.append(reply.ahead)
+    assert any(seen) == ahead
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_each_fault_has_its_code_and_shows_nothing_of_what_was_said(
     once: Asking, server: FakeUpstream, caplog: pytest.LogCaptureFixture, row: str

@@ -60,11 +60,8 @@ from tests.shop import (
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch, http: str) -> Iterator[FakeUpstream]:
-    with FakeUpstream() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield server
+def upstream(http: str, upstream: FakeUpstream) -> FakeUpstream:
+    return upstream
 
 
 @pytest.fixture

@@ -19,6 +19,19 @@ SHOWN = """async ([module, text, size]) => {
   while (!markdown.render());
   return [frozen.innerHTML, tail.innerHTML];
 }"""
+BLOCKS_OF = SHOWN.replace(
+    "[frozen.innerHTML, tail.innerHTML]",
+    "[...frozen.children].map((each) => ({tag: each.tagName, class: each.className, text: each.innerText}))",
+)
+WORDS = [f"word{number}" for number in range(1500)]
+LONG = {
+    "paragraph": ("P", " ".join(WORDS)),
+    "list": ("UL", "\n".join(f"- {word}" for word in WORDS)),
+    "numbered list": ("OL", "\n".join(f"1. {word}" for word in WORDS)),
+    "table": ("DIV", "|a|\n|-|\n" + "\n".join(f"|{word}|" for word in WORDS)),
+    "code": ("FIGURE", "```\n" + "\n".join(WORDS) + "\n```\n"),
+    "quotation": ("BLOCKQUOTE", "\n".join(f"> {word}" for word in WORDS)),
+}
 HARD = {
     "a heading under its text": "Title\n===\n\nText\n---\n\nText\nand more\n",
     "a hash that is no heading": "Text\n#hashtag and text\n\n# Heading\n",
@@ -52,18 +65,50 @@ def test_the_borders_of_pieces_mean_nothing(chat: Page, server: Server, name: st
         assert shown(chat, server, HARD[name], size) == at_once
 
 
-# Known: one long list of the changelog is not shown alike in small pieces.
-CHANGELOG = pytest.param("CHANGELOG.md", marks=pytest.mark.xfail(reason="a long list in small pieces", strict=False))
+# What comes at once is taken on in steps of so many characters: markdown.js' STEP_CHARS.
+STEP = 500
+SHOWN_BEHIND = """async ([module, text, step]) => {
+  const {Markdown} = await import(module);
+  return Array.from({length: text.length}, (_, place) => {
+    const [frozen, tail] = [document.createElement("div"), document.createElement("div")];
+    const markdown = new Markdown(frozen, tail);
+    markdown.append("x".repeat(step - place - 2) + "\\n\\n" + text);
+    markdown.end();
+    while (!markdown.render());
+    frozen.firstElementChild.remove();
+    return frozen.innerHTML.trimStart();
+  });
+}"""
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", CHANGELOG])
+@pytest.mark.parametrize("name", HARD)
+def test_a_text_is_shown_alike_wherever_in_an_answer_it_stands(chat: Page, server: Server, name: str) -> None:
+    """Behind so many other characters that a step ends at each of its places."""
+    alone, _ = shown(chat, server, HARD[name], 10_000)
+    module = f"{server.url}/api/assets/page/markdown.js"
+    assert set(chat.evaluate(SHOWN_BEHIND, [module, HARD[name], STEP])) == {alone}
+
+
+@pytest.mark.parametrize("size", [13, 700])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_whole_documents_are_shown_alike_in_small_pieces_and_in_large_ones(
-    chat: Page, server: Server, name: str
+    chat: Page, server: Server, name: str, size: int
 ) -> None:
     text = (ROOT / name).read_text()
     at_once = shown(chat, server, text, 100_000)
-    assert shown(chat, server, text, 13) == at_once
+    assert shown(chat, server, text, size) == at_once
     assert at_once[0].count("<h") > 1
+
+
+@pytest.mark.parametrize("size", [200, 100_000])
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_block_that_was_cut_is_one_block_again(chat: Page, server: Server, kind: str, size: int) -> None:
+    """So a screen reader counts one list, and code is read and copied as one."""
+    tag, text = LONG[kind]
+    module = f"{server.url}/api/assets/page/markdown.js"
+    blocks = chat.evaluate(BLOCKS_OF, [module, text, size])
+    assert [(each["tag"], each["class"] in ("", "wide")) for each in blocks] == [(tag, True)]
+    assert [each for each in blocks[0]["text"].replace("Copy code", " ").split() if each.startswith("word")] == WORDS
 
 
 def test_nothing_of_a_long_block_is_lost_where_it_is_cut(chat: Page, server: Server) -> None:

@@ -226,14 +226,23 @@ def test_copy_takes_the_text_as_the_model_wrote_it(chat: Page, upstream: FakeUps
 
 
 def test_a_long_code_block_is_copied_whole(chat: Page, upstream: FakeUpstream) -> None:
+    """While it grows it stands in two parts."""
     code = "".join(f"line {number} of some code\n" for number in range(1500))
-    upstream.script = answer([f"```\n{code}```\n\nEnd."])
+    gates, upstream.script = gated(f"```\n{code}", "```\n\nEnd.")
+    gates[0].open()
     ask(chat)
-    expect_state(chat, "done")
-    assert newest(chat).locator("figure").count() > 1
-    expect(button(chat, "Copy code")).to_have_count(1)
-    button(chat, "Copy code").click()
-    assert chat.evaluate("navigator.clipboard.readText()") == code
+    expect(newest(chat)).to_contain_text("line 1499 of some code")
+    expect(newest(chat).locator("figure")).to_have_count(2)
+    for parts in (2, 1):
+        expect(newest(chat).locator("figure")).to_have_count(parts)
+        expect(button(chat, "Copy code")).to_have_count(1)
+        button(chat, "Copy code").click()
+        assert chat.evaluate("navigator.clipboard.readText()") == code
+        expect(button(chat, "Copied")).to_have_count(0)
+        for gate in gates[1:]:
+            gate.open()
+        if parts == 2:
+            expect_state(chat, "done")
 
 
 def test_the_view_follows_until_the_reader_scrolls_up(chat: Page, upstream: FakeUpstream) -> None:

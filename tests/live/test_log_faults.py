@@ -102,6 +102,11 @@ def is_resumable_again(servers: Chain) -> bool:
         return reader.rest() == told
 
 
+def loses_nothing_under(fault: Callable[[], None], servers: Chain, seconds: float, name: str) -> None:
+    lost_nothing(servers, under(fault, servers, BEFORE + seconds + AFTER, name))
+    wait_for(lambda: is_resumable_again(servers), 3, "a log that is used again")
+
+
 def test_a_redis_that_answers_nobody_for_two_and_a_half_seconds_loses_nothing(over_redis: Chain) -> None:
     assert over_redis.redis is not None
 
@@ -109,9 +114,7 @@ def test_a_redis_that_answers_nobody_for_two_and_a_half_seconds_loses_nothing(ov
         assert over_redis.redis is not None
         over_redis.redis.pause(2.5)
 
-    callers = under(pause, over_redis, BEFORE + 2.5 + AFTER, "paused")
-    lost_nothing(over_redis, callers)
-    wait_for(lambda: is_resumable_again(over_redis), 3, "a log that is used again")
+    loses_nothing_under(pause, over_redis, 2.5, "paused")
 
 
 def test_a_redis_that_is_killed_and_started_again_loses_nothing(over_redis: Chain) -> None:
@@ -123,9 +126,7 @@ def test_a_redis_that_is_killed_and_started_again_loses_nothing(over_redis: Chai
         time.sleep(1)
         redis.start()
 
-    callers = under(restart, over_redis, BEFORE + 1 + AFTER, "restarted")
-    lost_nothing(over_redis, callers)
-    wait_for(lambda: is_resumable_again(over_redis), 3, "a log that is used again")
+    loses_nothing_under(restart, over_redis, 1, "restarted")
 
 
 def test_a_redis_without_memory_for_a_while_loses_nothing(over_redis: Chain) -> None:
@@ -137,9 +138,7 @@ def test_a_redis_without_memory_for_a_while_loses_nothing(over_redis: Chain) -> 
         time.sleep(1.5)
         redis.unfill()
 
-    callers = under(fill, over_redis, BEFORE + 1.5 + AFTER, "full")
-    lost_nothing(over_redis, callers)
-    wait_for(lambda: is_resumable_again(over_redis), 3, "a log that is used again")
+    loses_nothing_under(fill, over_redis, 1.5, "full")
 
 
 def test_a_file_that_another_process_locks_for_two_seconds_loses_nothing(over_sqlite: Chain) -> None:
@@ -147,9 +146,7 @@ def test_a_file_that_another_process_locks_for_two_seconds_loses_nothing(over_sq
         with locked(f"{over_sqlite.folder}/log.db"):
             time.sleep(2)
 
-    callers = under(lock, over_sqlite, BEFORE + 2 + AFTER, "locked")
-    lost_nothing(over_sqlite, callers)
-    wait_for(lambda: is_resumable_again(over_sqlite), 3, "a log that is used again")
+    loses_nothing_under(lock, over_sqlite, 2, "locked")
 
 
 def test_a_redis_that_hangs_for_long_costs_resuming_and_a_warning_says_so(over_redis: Chain) -> None:

@@ -10,7 +10,8 @@ import {Lexer, Marked} from "../vendor/marked.js";
 import DOMPurify from "../vendor/purify.js";
 import remend from "../vendor/remend.js";
 
-// What one frame takes on: a backlog, of a tab that was hidden, must not become one long task.
+// What one step takes on: a backlog, of a tab that was hidden, must not become one long task. A long block is cut where
+// a step is full, and nowhere else: the pieces in which the text came mean nothing.
 const STEP_CHARS = 500;
 const FRAME_MS = 6;
 const SHORT = 2500; // an open block of so many characters is never cut
@@ -133,6 +134,35 @@ function makeScroller(element, name) {
   element.setAttribute("aria-label", name);
 }
 
+/** What of a block holds its parts, where it is not the block itself. @type {Record<string, string>} */
+const INNER = {FIGURE: "code", DIV: "tbody"};
+// Chromium lays a paragraph and a table out as a whole: one of so many characters takes no more of its rest.
+const WHOLE = ["P", "DIV"];
+const JOINED = 20000;
+
+/**
+ * @param {Element} beginning
+ * @param {Element} rest
+ */
+function mayJoin(beginning, rest) {
+  const isSmall = !WHOLE.includes(rest.tagName) || (beginning.textContent ?? "").length < JOINED;
+  return beginning.tagName === rest.tagName && isSmall;
+}
+
+/**
+ * The rest of a cut block becomes part of its beginning again: a reader, on a screen or of one, meets no seam.
+ *
+ * @param {Element} beginning
+ * @param {Element} rest is used up
+ */
+function join(beginning, rest) {
+  const [into, from] = [beginning, rest].map((each) => each.querySelector(INNER[each.tagName] ?? ":not(*)") ?? each);
+  if (beginning.tagName === "P") into.append(" ");
+  into.append(...from.childNodes);
+  beginning.classList.remove("goes-on");
+  rest.remove();
+}
+
 const CLOSED_FENCE = /\n {0,3}(?:`{3,}|~{3,})\s*$/;
 
 /**
@@ -144,7 +174,7 @@ const CLOSED_FENCE = /\n {0,3}(?:`{3,}|~{3,})\s*$/;
  */
 const CUTS = {
   paragraph: {most: SHORT, place: ({raw}) => lastSentence(raw)},
-  list: {most: SHORT, place: ({raw, items}) => raw.length - items.at(-1).raw.length},
+  list: {most: SHORT, place: ({items}) => lengthOf(items.slice(0, -1))}, // marked changes the raw text of an empty last one
   table: {most: 8000, place: ({raw}) => lastLine(raw), carry: ({raw}) => firstLines(raw, 2)},
   code: {
     most: 8000,
@@ -153,6 +183,11 @@ const CUTS = {
   },
   blockquote: {most: SHORT, place: ({raw}) => raw.lastIndexOf("\n>") + 1},
 };
+
+/** @param {{raw: string}[]} tokens */
+function lengthOf(tokens) {
+  return tokens.reduce((sum, {raw}) => sum + raw.length, 0);
+}
 
 /** @param {string} text */
 function lastLine(text) {
@@ -186,6 +221,7 @@ function lastSentence(text) {
 export class Markdown {
   #pending = "";
   #source = ""; // of the open block, the last
+  #room = STEP_CHARS; // what the step that has begun still takes
   #links = {}; // what [1]: https://... lines have named
   #ended = false;
   #continues = false; // the open block is the rest of a cut one
@@ -222,10 +258,13 @@ export class Markdown {
   }
 
   #step() {
-    const taken = this.#pending.slice(0, STEP_CHARS);
-    this.#pending = this.#pending.slice(STEP_CHARS);
+    const taken = this.#pending.slice(0, this.#room);
+    this.#pending = this.#pending.slice(taken.length);
     this.#source += taken;
+    this.#room -= taken.length;
     if (taken.includes("\n")) this.#freezeFinished();
+    if (this.#room) return;
+    this.#room = STEP_CHARS;
     if (this.#source.length > SHORT) this.#cutLong();
   }
 
@@ -255,7 +294,10 @@ export class Markdown {
 
   /** @param {string} source */
   #freeze(source) {
-    this.frozen.append(this.#rendered(this.#lexed(source, this.#links)));
+    const fragment = this.#rendered(this.#lexed(source, this.#links));
+    const [beginning, rest] = [this.frozen.lastElementChild, fragment.firstElementChild];
+    if (this.#continues && beginning && rest && mayJoin(beginning, rest)) join(beginning, rest);
+    this.frozen.append(fragment);
     this.#continues = false;
   }
 
