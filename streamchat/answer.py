@@ -246,8 +246,7 @@ class Answer:
 
     def _noted(self, events: list[Event]) -> list[Event]:
         """As they are to be told; a Finish, which is the last of all, is logged with the final state."""
-        count = self.tally.count
-        events = [event if isinstance(event, Start) else count(event) for event in events]
+        events = [event if isinstance(event, Start) else self.tally.count(event) for event in events]
         self._seq += len(events)
         if self._sheet is not None:
             last = events[-1]
