@@ -1,0 +1,41 @@
+"""A worker for each named queue, each to be killed at the point of its queue's name. Forks: the imports are made once.
+
+    python -m gevent.monkey --module tests.live.killed_workers QUEUE...
+
+Prints "QUEUE PID" for each that it starts, then "QUEUE SIGNAL" for each that has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from gevent import monkey
+
+from streamchat.worker import main
+from tests.live.killed_app import APP
+
+# gevent's own would make a hub before the children have theirs.
+FORK, WAIT = monkey.get_original("os", ["fork", "waitpid"])
+
+
+def start(name: str) -> int:
+    pid: int = FORK()
+    if pid == 0:
+        os.environ["KILL_AT"] = name
+        main(["--app", APP, "--mount", name])
+        os._exit(0)
+    return pid
+
+
+def run(names: list[str]) -> None:
+    running = {start(name): name for name in names}
+    for pid, name in running.items():
+        print(name, pid, flush=True)
+    while running:
+        pid, status = WAIT(-1, 0)
+        print(running.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

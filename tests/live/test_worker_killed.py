@@ -1,0 +1,283 @@
+"""kill -9 of the worker at each named point, then another worker: every answer ends, is told, and is asked for once.
+
+Each point has a blueprint, a log and a worker of its own; one web server has all blueprints, and so has the worker that
+comes after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from streamchat.events import Event, Failure, Finish
+from streamchat.store import Store, unpack
+from tests.fake_upstream import (
+    FakeUpstream,
+    Hang,
+    Pause,
+    RecordedRequest,
+    Step,
+    done,
+    finish,
+    head,
+    last_chunk,
+    text,
+    usage_chunk,
+)
+from tests.live.killed_app import APP, POINTS
+from tests.live.pair import LEASE, STORES, TOKENS, looking, words
+from tests.live.servers import ROOT, Server, environment, gunicorn, wait_for
+from tests.live.worker_process import Delivery, Receiver, started
+from tests.redis_server import RedisServer
+
+pytestmark = pytest.mark.live
+
+JOBS = 3  # of each point
+PIECES = 3
+STEP = 0.15  # seconds between two pieces: the log is written between them
+DIE_WITHIN = 60.0  # seconds, imports included: all points at once share the machine
+END_WITHIN = 60.0
+ANN = {"Authorization": f"Bearer {TOKENS['ann']}"}
+
+
+# What one of a point's answers was at least, when its worker was dead: the point was met.
+AT_DEATH = dict.fromkeys(POINTS, "completed") | {
+    "before-the-claim": "queued",
+    "after-the-claim": "queued",
+    "before-it-is-begun": "queued",
+    "after-it-is-begun": "in_progress",
+    "before-the-headers": "in_progress",
+    "before-pieces-are-kept": "in_progress",
+    "after-pieces-are-kept": "in_progress",
+    "before-the-final-state": "in_progress",
+}
+TOLD_TWICE = ("before-the-2xx", "after-the-2xx")  # the outbox could not know of the first time
+
+
+@dataclass
+class Job:
+    point: str
+    number: int
+    id: str = ""
+    at_death: str = ""  # its status, when its first worker was dead
+
+    @property
+    def message(self) -> str:
+        return f"{self.point} {self.number}"
+
+
+@dataclass
+class Trial:
+    """`pids` of the first workers, by point; `killed` those that died by a hand that is not theirs."""
+
+    fake: FakeUpstream
+    receiver: Receiver
+    web: Server
+    stores: dict[str, Store]
+    queues: str
+    settings: dict[str, str]
+    pids: dict[str, int] = field(default_factory=dict)
+    killed: set[str] = field(default_factory=set)
+    jobs: list[Job] = field(default_factory=list)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return environment(self.fake.base_url, **self.settings) | {"QUEUES": self.queues}
+
+    def note_death(self, point: str) -> None:
+        for job in self.jobs:
+            if job.point == point:
+                kept = self.stores[point].find(job.id)
+                assert kept is not None
+                job.at_death = kept.status
+
+    def asked(self, job: Job) -> int:
+        return sum(request.message == job.message for request in list(self.fake.requests))
+
+    def kill(self, point: str) -> bool:
+        """Once. Whether it was now."""
+        if point in self.killed or point not in self.pids:
+            return False
+        self.killed.add(point)
+        os.kill(self.pids[point], signal.SIGKILL)
+        return True
+
+    def script(self, request: RecordedRequest) -> Step:
+        if request.message.startswith("before-the-headers ") and self.kill("before-the-headers"):
+            return Hang()
+        pieces: list[Step] = [[text(piece), Pause(STEP)] for piece in words(0, PIECES)]
+        return [head(), *pieces, finish(), usage_chunk(19, PIECES), done(), last_chunk()]
+
+    def before_reply(self, delivery: Delivery) -> None:
+        if delivery.path == "/before-the-2xx":
+            self.kill("before-the-2xx")
+
+    def accept(self, job: Job) -> None:
+        body = {"message": job.message, "background": True}
+        response = requests.post(f"{self.web.url}/{job.point}/get-response", json=body, headers=ANN, timeout=20)
+        assert response.status_code == 202, response.text
+        job.id = response.json()["id"]
+        self.jobs.append(job)
+
+    def look(self, job: Job) -> dict[str, Any]:
+        response = requests.get(f"{self.web.url}/{job.point}/responses/{job.id}", headers=ANN, timeout=20)
+        assert response.status_code == 200, response.text
+        document = response.json()
+        assert isinstance(document, dict)
+        return document
+
+    def events(self, job: Job) -> list[Event]:
+        """All that is kept; nothing of it twice, and nothing missing."""
+        batches = self.stores[job.point].read(job.id, -1)
+        assert [batch.first for batch in batches] == [0, *(batch.last + 1 for batch in batches[:-1])], batches
+        return [event for batch in batches for event in unpack(batch.payload)]
+
+    def is_quiet(self) -> bool:
+        return not any(any(waiting_in(store)) for store in self.stores.values())
+
+
+def waiting_in(store: Store) -> list[int]:
+    gauges = store.gauges()
+    return [gauges[name] for name in ("live", "queued", "reserved", "waiting")]
+
+
+@contextmanager
+def logs_of(kind: str, folder: Path) -> Iterator[dict[str, str]]:
+    """A log for each point."""
+    if kind == "sqlite":
+        yield {point: f"sqlite:///{folder}/{point}.db" for point in POINTS}
+        return
+    with RedisServer(folder) as redis:
+        yield {point: f"{redis.url}/{number}" for number, point in enumerate(POINTS)}
+
+
+@contextmanager
+def trial_over(kind: str, folder: Path) -> Iterator[Trial]:
+    with ExitStack() as stack:
+        urls = stack.enter_context(logs_of(kind, folder))
+        fake, receiver = stack.enter_context(FakeUpstream()), stack.enter_context(Receiver())
+        queues = {point: {"store_url": url, "webhook_url": receiver.url(f"/{point}")} for point, url in urls.items()}
+        told = json.dumps(queues)
+        settings = settings_of(receiver, next(iter(urls.values())))
+        web = stack.enter_context(gunicorn(fake.base_url, folder, app=APP, extra={"QUEUES": told}, **settings))
+        stores = {point: stack.enter_context(looking(url)) for point, url in urls.items()}
+        trial = Trial(fake, receiver, web, stores, told, settings)
+        fake.choose, receiver.before_reply = trial.script, trial.before_reply
+        yield trial
+
+
+def settings_of(receiver: Receiver, store_url: str) -> dict[str, str]:
+    return receiver.settings() | {
+        "store_url": store_url,
+        "background": "true",
+        "lease": str(LEASE),
+        "tokens": json.dumps(TOKENS),
+        "tokens_per_day": "1000000000",
+        "max_retries": "0",
+    }
+
+
+@contextmanager
+def killed_workers(trial: Trial, folder: Path) -> Iterator[Path]:
+    """A worker for each point, and where it stands who has which id and who has ended."""
+    command = [sys.executable, "-m", "gevent.monkey", "--module", "tests.live.killed_workers", *POINTS]
+    told, log = folder / "killed.txt", folder / "killed.log"
+    with told.open("wb") as out, log.open("wb") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=trial.environ, stdout=out, stderr=err, start_new_session=True)
+    try:
+        yield told
+    except BaseException:
+        print(log.read_text()[-5000:])
+        raise
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def kill_all(trial: Trial, folder: Path) -> None:
+    """Returns when each point has killed its worker. The lines that tell their ids come first."""
+    with killed_workers(trial, folder) as told:
+        ended: dict[str, int] = {}
+
+        def all_ended() -> bool:
+            whole, _, _ = told.read_text().rpartition("\n")
+            lines = [line.split() for line in whole.splitlines()]
+            if len(lines) < len(POINTS):
+                return False
+            trial.pids = {point: int(pid) for point, pid in lines[: len(POINTS)]}
+            for point, status in lines[len(POINTS) + len(ended) :]:
+                ended[point] = int(status)
+                trial.note_death(point)
+            return len(ended) == len(POINTS)
+
+        wait_for(all_ended, DIE_WITHIN, "the death of every worker")
+    assert ended == dict.fromkeys(POINTS, -signal.SIGKILL)
+
+
+def run_round(kind: str, folder: Path) -> None:
+    with trial_over(kind, folder) as trial:
+        for job in [Job(point, number) for point in POINTS for number in range(JOBS)]:
+            trial.accept(job)
+        kill_all(trial, folder)
+        again = started(trial.fake.base_url, folder, app=APP, extra={"QUEUES": trial.queues}, **trial.settings)
+        with again as worker:
+            wait_for(trial.is_quiet, END_WITHIN, "the end of all answers and webhooks")
+            worker.terminate()
+            assert worker.wait_ended() == 0, worker.log
+        for job in trial.jobs:
+            assert_told_once(trial, job)
+        for point, store in trial.stores.items():
+            (spent,) = store.usage(0, "user")
+            assert (spent.name, spent.answers) == ("ann", JOBS), point
+            assert not any(waiting_in(store)), point
+            assert store.gauges()["dead"] == 0
+        for point, status in AT_DEATH.items():
+            assert status in {job.at_death for job in at(trial, point)}, point
+        for point in TOLD_TWICE:
+            assert any(len(trial.receiver.of(job.id)) > 1 for job in at(trial, point)), point
+
+
+def at(trial: Trial, point: str) -> list[Job]:
+    return [job for job in trial.jobs if job.point == point]
+
+
+def assert_told_once(trial: Trial, job: Job) -> None:
+    """Its state when the worker died says what must have become of it."""
+    document, deliveries, asked = trial.look(job), trial.receiver.of(job.id), trial.asked(job)
+    status, code = document["status"], (document["error"] or {}).get("code")
+    seen = f"{job}: {document}, asked {asked} times, told {len(deliveries)} times"
+    last = trial.events(job)[-1]
+    if job.at_death in ("queued", "completed"):
+        assert (status, code, asked) == ("completed", None, 1), seen
+        assert document["text"] == "".join(words(0, PIECES)), seen
+        assert isinstance(last, Finish), seen
+    else:
+        assert (status, code) == ("failed", "interrupted") and asked <= 1, seen
+        assert isinstance(last, Failure) and last.code == "interrupted", seen
+    assert deliveries, seen
+    assert len({(delivery.id, delivery.body) for delivery in deliveries}) == 1, seen
+    event = deliveries[0].event
+    assert (event["type"], event["data"]["status"]) == (f"response.{status}", status), seen
+
+
+def test_whenever_a_worker_is_killed_every_answer_ends_is_told_and_is_asked_for_once(tmp_path: Path) -> None:
+    run_round("sqlite", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("kind", STORES)
+def test_the_same_five_times_over_each_store(kind: str, number: int, tmp_path: Path) -> None:
+    run_round(kind, tmp_path)
