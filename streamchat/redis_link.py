@@ -17,7 +17,7 @@ import redis
 from redis.connection import AbstractConnection, parse_url
 
 from .errors import SettingsError, StoreDown
-from .redis_scripts import Script
+from .redis_lua import Script
 
 logger = logging.getLogger("streamchat.store")
 

@@ -1,85 +1,8 @@
-"""The Lua that runs inside Redis, one script a change: it is done whole or not at all. Does no I/O.
-
-Where memory is full Redis refuses a script's first command that needs some, and never a later one: so that one comes
-before any other change. Keys, behind the prefix (KEYS[1]):
-
-    owner:<owner>     lives as long as the lease          owners            those not yet reaped
-    answer:<id>       the row                             live:<owner>      ids of the answers that it runs
-    events:<id>       the stream, and the channel         cancels:<owner>   ids it was told to stop, and the channel
-    slots:<user>      id -> owner, reserve                spent:<day>:<user>  tokens
-    chat:<chat>       its newest id                       key:<key>         id and fingerprint, for 24 h
-    ended             ids by the time of their end        sizes             id -> bytes, user; of ended answers
-    bytes             the sum of sizes                    attended          ids by when somebody read them
-    ledger:<day>      the records                         days              those that have a ledger
-
-<user>, <chat> and <key> are hashes: they are strangers' text.
-"""
+"""The Lua of leases and answers, and of what is asked of them. Keys and rules: redis_lua.py. Does no I/O."""
 
 from __future__ import annotations
 
-import hashlib
-
-# Stands before every script.
-HEAD = """
-local P = KEYS[1]
-local call = redis.call
-local known = {}
-local function lives(owner)
-  if known[owner] == nil then known[owner] = call('EXISTS', P .. 'owner:' .. owner) == 1 end
-  return known[owner]
-end
-local function now()
-  local time = call('TIME')
-  return tonumber(time[1]) + tonumber(time[2]) / 1000000
-end
-local function running(status) return status == 'in_progress' or status == 'queued' end
-local function append(id, last, count, payload)
-  call('XADD', P .. 'events:' .. id, last .. '-' .. count, 'b', payload)
-  call('PUBLISH', P .. 'events:' .. id, last .. ' ' .. count .. ' ' .. payload)
-end
-local function shrink(id, size)
-  call('HDEL', P .. 'sizes', id)
-  call('ZREM', P .. 'attended', id)
-  call('DECRBY', P .. 'bytes', string.match(size, '^%d+'))
-end
--- What is left of an answer that ended, and of those whose keys have expired since.
-local function settle(id, owner, status, told, day, tokens, record, keep)
-  local answer = P .. 'answer:' .. id
-  local row = call('HMGET', answer, 'by', 'bytes', 'chatkey')
-  local at = now()
-  call('XADD', P .. 'ledger:' .. day, '*', 'r', record)
-  call('SADD', P .. 'days', day)
-  call('HSET', answer, 'status', status, 'told', told)
-  if row[1] ~= '' then
-    call('HDEL', P .. 'slots:' .. row[1], id)
-    call('INCRBY', P .. 'spent:' .. day .. ':' .. row[1], tokens)
-    call('EXPIRE', P .. 'spent:' .. day .. ':' .. row[1], 259200)
-  end
-  call('SREM', P .. 'live:' .. owner, id)
-  call('SREM', P .. 'cancels:' .. owner, id)
-  call('ZADD', P .. 'ended', at, id)
-  call('HSET', P .. 'sizes', id, row[2] .. ' ' .. row[1])
-  call('INCRBY', P .. 'bytes', row[2])
-  if tonumber(keep) > 0 then
-    call('PEXPIRE', answer, keep)
-    call('PEXPIRE', P .. 'events:' .. id, keep)
-    if call('GET', P .. 'chat:' .. row[3]) == id then call('PEXPIRE', P .. 'chat:' .. row[3], keep) end
-    for _, old in ipairs(call('ZRANGEBYSCORE', P .. 'ended', '-inf', at - keep / 1000 - 1, 'LIMIT', 0, 10)) do
-      shrink(old, call('HGET', P .. 'sizes', old) or '0')
-      call('ZREM', P .. 'ended', old)
-    end
-  end
-end
-"""
-
-
-class Script:
-    """A Lua script and the name that Redis gives it."""
-
-    def __init__(self, body: str) -> None:
-        self.text = HEAD + body
-        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
+from .redis_lua import ENDS, Script
 
 # owner, milliseconds
 TAKE_LEASE = Script("""
@@ -87,27 +10,33 @@ call('SADD', P .. 'owners', ARGV[1])
 call('SET', P .. 'owner:' .. ARGV[1], '', 'PX', ARGV[2])
 """)
 
-# owner, milliseconds, then ids and attempts of admissions whose outcome this process never learned: none of them runs.
+# owner, milliseconds, then ids and attempts of admissions whose outcome this process never learned: none of them runs,
+# but one that waits in a queue may have been claimed. That one is taken back although its owner is dead.
 RENEW = Script("""
-if call('PEXPIRE', P .. 'owner:' .. ARGV[1], ARGV[2]) == 0 then return 0 end
+local alive = call('PEXPIRE', P .. 'owner:' .. ARGV[1], ARGV[2])
 for i = 3, #ARGV, 2 do
   local id = ARGV[i]
-  local row = call('HMGET', P .. 'answer:' .. id, 'attempt', 'next', 'by', 'key', 'chatkey')
-  if row[1] == ARGV[i + 1] and row[2] == '0' then
-    call('SREM', P .. 'live:' .. ARGV[1], id)
+  local row = call('HMGET', P .. 'answer:' .. id, 'attempt', 'next', 'by', 'key', 'chatkey', 'owner', 'status',
+                   'queuekey')
+  local waits = row[6] == '' and row[7] == 'queued'
+  if row[1] == ARGV[i + 1] and row[2] == '0' and (waits or alive == 1 and not row[8]) then
+    if waits then call('ZREM', P .. 'queue:' .. row[8], id) end
+    call('SREM', P .. 'live:' .. row[6], id)
     call('HDEL', P .. 'slots:' .. row[3], id)
     if call('HGET', P .. 'key:' .. row[4], 'id') == id then call('DEL', P .. 'key:' .. row[4]) end
     if call('GET', P .. 'chat:' .. row[5]) == id then call('DEL', P .. 'chat:' .. row[5]) end
     call('DEL', P .. 'answer:' .. id)
   end
 end
-return 1
+return alive
 """)
 
-# owner, id, user, key, fingerprint, chat, reserve, attempt, the three limits, day, time, then the row's other fields
+# owner, id, user, key, fingerprint, chat, reserve, attempt, the three limits, day, time, the queue of one that waits in
+# one, then the row's other fields
 ADMIT = Script("""
 local owner, id, user, key, print, chat = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local reserve, attempt, day, created = tonumber(ARGV[7]), ARGV[8], ARGV[12], ARGV[13]
+local queue, holder = ARGV[14], ARGV[14] == '' and ARGV[1] or ''
 local most_of_user, most, tokens = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
 if not lives(owner) then return {'lost'} end
 if key ~= '' then
@@ -124,15 +53,15 @@ end
 if most > 0 then
   local count = 0
   for _, each in ipairs(call('SMEMBERS', P .. 'owners')) do
-    if lives(each) then count = count + call('SCARD', P .. 'live:' .. each) end
+    if counts(each) then count = count + call('SCARD', P .. 'live:' .. each) end
   end
   if count >= most then return {'streams'} end
 end
 if user ~= '' and (most_of_user > 0 or tokens > 0) then
   local count, used = 0, tonumber(call('GET', P .. 'spent:' .. day .. ':' .. user) or 0)
   for _, slot in ipairs(call('HVALS', P .. 'slots:' .. user)) do
-    local holder, held = string.match(slot, '^(%S+) (%d+)$')
-    if lives(holder) then
+    local of, held = string.match(slot, '^(%S*) (%d+)$')
+    if counts(of) then
       count = count + 1
       used = used + tonumber(held)
     end
@@ -140,10 +69,14 @@ if user ~= '' and (most_of_user > 0 or tokens > 0) then
   if most_of_user > 0 and count >= most_of_user then return {'streams'} end
   if tokens > 0 and (used >= tokens or used + reserve > tokens) then return {'budget'} end
 end
-call('HSET', P .. 'answer:' .. id, 'owner', owner, 'next', 0, 'bytes', 0, 'reserve', reserve, 'attempt', attempt,
-     'by', user, 'key', key, 'chatkey', chat, 'created', created, unpack(ARGV, 14))
-call('SADD', P .. 'live:' .. owner, id)
-if user ~= '' then call('HSET', P .. 'slots:' .. user, id, owner .. ' ' .. reserve) end
+call('HSET', P .. 'answer:' .. id, 'owner', holder, 'next', 0, 'bytes', 0, 'reserve', reserve, 'attempt', attempt,
+     'by', user, 'key', key, 'chatkey', chat, 'created', created, unpack(ARGV, 15))
+call('SADD', P .. 'live:' .. holder, id)
+if queue ~= '' then
+  call('SADD', P .. 'owners', '')
+  call('ZADD', P .. 'queue:' .. queue, created, id)
+end
+if user ~= '' then call('HSET', P .. 'slots:' .. user, id, holder .. ' ' .. reserve) end
 if chat ~= '' then call('SET', P .. 'chat:' .. chat, id) end
 if key ~= '' then
   call('HSET', P .. 'key:' .. key, 'id', id, 'fingerprint', print, 'created', created)
@@ -153,9 +86,12 @@ return {'told', id}
 """)
 
 # owner, milliseconds to keep, how many batches; each id, last, count, payload; then endings, each id, status, told,
-# day, tokens, record. Returns 0 where the owner is dead; nothing is written either where batches begin with events that
-# are kept: their places and what is to come next of their answers is returned.
-WRITE = Script("""
+# day, tokens, record, and its letter behind the number of its values. Returns 0 where the owner is dead; nothing is
+# written either where batches begin with events that are kept: their places and what is to come next of their answers
+# is returned.
+WRITE = Script(
+    ENDS
+    + """
 local owner, keep, batches = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not lives(owner) then return 0 end
 local rows = {}
@@ -183,47 +119,18 @@ for _, i in ipairs(new) do append(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
 for id, row in pairs(rows) do
   if row and row.changed then call('HSET', P .. 'answer:' .. id, 'next', row.next, 'bytes', row.bytes) end
 end
-for i = 4 + batches * 4, #ARGV, 6 do
+local i = 4 + batches * 4
+while i <= #ARGV do
+  local letter, next = values(i + 6)
   if own(ARGV[i]) then
-    settle(ARGV[i], owner, ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], keep)
+    settle(ARGV[i], owner, ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], keep, letter)
     rows[ARGV[i]] = false
   end
+  i = next
 end
 return {}
-""")
-
-# id, owner, next, payload, told, day, tokens, record, milliseconds to keep
-BURY = Script("""
-local id, owner, next = ARGV[1], ARGV[2], ARGV[3]
-local row = call('HMGET', P .. 'answer:' .. id, 'owner', 'status', 'next', 'bytes')
-if lives(owner) or row[1] ~= owner or not running(row[2]) or row[3] ~= next then return 0 end
-append(id, next, 1, ARGV[4])
-call('HSET', P .. 'answer:' .. id, 'next', next + 1, 'bytes', row[4] + #ARGV[4])
-settle(id, owner, 'failed', ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9])
-return 1
-""")
-
-# Ids of the answers of dead owners. An owner that left none is forgotten.
-DEAD = Script("""
-local found = {}
-for _, owner in ipairs(call('SMEMBERS', P .. 'owners')) do
-  if not lives(owner) then
-    local ids = call('SMEMBERS', P .. 'live:' .. owner)
-    for _, id in ipairs(ids) do
-      if call('EXISTS', P .. 'answer:' .. id) == 1 then
-        found[#found + 1] = id
-      else
-        call('SREM', P .. 'live:' .. owner, id)
-      end
-    end
-    if #ids == 0 then
-      call('SREM', P .. 'owners', owner)
-      call('DEL', P .. 'cancels:' .. owner)
-    end
-  end
-end
-return found
-""")
+"""
+)
 
 # id, after. One text, since the client's parser takes its time for each value: a line of last, count and length of
 # every batch, then all payloads.
@@ -234,16 +141,6 @@ for i, entry in ipairs(call('XRANGE', P .. 'events:' .. ARGV[1], ARGV[2], '+')) 
   sizes[i] = string.gsub(entry[1], '-', ' ') .. ' ' .. #payloads[i]
 end
 return table.concat(sizes, ' ') .. '\\n' .. table.concat(payloads)
-""")
-
-# id. Kept also in a set, for a listener that is not connected now; a full memory refuses the set, not the word.
-CANCEL = Script("""
-local row = call('HMGET', P .. 'answer:' .. ARGV[1], 'owner', 'status')
-if row[1] and running(row[2]) and lives(row[1]) then
-  if redis.pcall('SADD', P .. 'cancels:' .. row[1], ARGV[1]) ~= 0 then
-    call('PUBLISH', P .. 'cancels:' .. row[1], ARGV[1])
-  end
-end
 """)
 
 # ids. Those of two days ago are of no interest: no answer runs so long.
@@ -269,7 +166,9 @@ return {before, before > 0 and call('ZRANGE', P .. 'ended', 0, before - 1) or {}
 """)
 
 # ids
-FORGET = Script("""
+FORGET = Script(
+    ENDS
+    + """
 local count = 0
 for _, id in ipairs(ARGV) do
   if call('ZREM', P .. 'ended', id) == 1 then
@@ -281,19 +180,22 @@ for _, id in ipairs(ARGV) do
   end
 end
 return count
-""")
+"""
+)
 
-# live, reserved, owners, answers, bytes
+# live, queued, reserved, owners, answers, bytes, waiting, dead
 GAUGES = Script("""
-local live, reserved, owners = 0, 0, 0
+local live, queued, reserved, owners = 0, 0, 0, 0
 local answers, bytes = call('ZCARD', P .. 'ended'), tonumber(call('GET', P .. 'bytes') or 0)
 for _, owner in ipairs(call('SMEMBERS', P .. 'owners')) do
   if lives(owner) then owners = owners + 1 end
   for _, id in ipairs(call('SMEMBERS', P .. 'live:' .. owner)) do
-    local row = call('HMGET', P .. 'answer:' .. id, 'reserve', 'bytes')
+    local row = call('HMGET', P .. 'answer:' .. id, 'reserve', 'bytes', 'status')
     answers, bytes = answers + 1, bytes + (row[2] or 0)
-    if lives(owner) then live, reserved = live + 1, reserved + (row[1] or 0) end
+    if row[3] == 'queued' then queued = queued + 1 end
+    if counts(owner) then live, reserved = live + 1, reserved + (row[1] or 0) end
   end
 end
-return {live, reserved, owners, answers, bytes}
+return {live, queued, reserved, owners, answers, bytes,
+        call('ZCARD', P .. 'letters:waiting'), call('ZCARD', P .. 'letters:dead')}
 """)

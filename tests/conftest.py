@@ -24,7 +24,7 @@ LEAVE_WITHIN = 2.0
 Thing = TypeVar("Thing")
 
 # Classes of tests that others subclass: their assertions tell values, too.
-pytest.register_assert_rewrite("tests.store_contract")
+pytest.register_assert_rewrite("tests.store_contract", "tests.queue_contract")
 
 
 def surplus(now: Callable[[], set[Thing]], before: set[Thing]) -> set[Thing]:

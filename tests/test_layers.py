@@ -55,10 +55,22 @@ LAYERS = {
     "store": Layer(2, "events ledger letters"),
     "envelopes": Layer(2, "events letters store webhooks"),
     "bookkeeping": Layer(2, "envelopes errors events ledger store"),
-    "redis_scripts": Layer(2),
-    "redis_link": Layer(2, "errors redis_scripts", "redis"),
+    "redis_lua": Layer(2),
+    "redis_scripts": Layer(2, "redis_lua"),
+    "redis_queue_scripts": Layer(2, "redis_lua"),
+    "redis_outbox_scripts": Layer(2, "redis_lua"),
+    "redis_link": Layer(2, "errors redis_lua", "redis"),
     "redis_listener": Layer(2, "errors redis_link store"),
-    "redis_store": Layer(2, "bookkeeping errors events redis_link redis_listener redis_scripts store"),
+    "redis_rows": Layer(2, "bookkeeping events letters store"),
+    "redis_doubts": Layer(2, "errors"),
+    "redis_outbox": Layer(
+        2, "attempts errors letters redis_doubts redis_link redis_lua redis_outbox_scripts redis_rows"
+    ),
+    "redis_store": Layer(
+        2,
+        "bookkeeping errors redis_doubts redis_link redis_listener redis_lua redis_outbox redis_queue_scripts"
+        " redis_rows redis_scripts store",
+    ),
     "memory_listener": Layer(2, "store"),
     "memory_outbox": Layer(2, "attempts errors letters"),
     "memory_answers": Layer(2, "bookkeeping store"),
