@@ -30,7 +30,7 @@ LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"  # 
 
 def command(app_path: str | None, mounts: Sequence[str]) -> list[str]:
     """What is to be executed. gevent's own start patches before it imports anything of ours."""
-    patched = [sys.executable, "-m", "gevent.monkey", "--module", "streamchat.worker"]
+    patched = [sys.executable, "-m", "gevent.monkey", "--module", "streamchat"]
     app = [] if app_path is None else ["--app", app_path]
     return patched + app + [word for name in mounts for word in ("--mount", name)]
 
@@ -103,7 +103,3 @@ class Shift:
     @property
     def _busy(self) -> bool:
         return any(worker.busy for worker in self._workers.values())
-
-
-if __name__ == "__main__":
-    main()

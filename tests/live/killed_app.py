@@ -78,7 +78,6 @@ def owners_of(owner: str, store_url: str) -> type:
 
         return SqliteStore if owner == "store" else SqliteOutbox
     from streamchat.redis_outbox import RedisOutbox
-
     from streamchat.redis_store import RedisStore
 
     return RedisStore if owner == "store" else RedisOutbox
