@@ -19,6 +19,7 @@ from ops.services import ServiceFailure, Services, on_stop_signals
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".serve"
 LOG = "answers.db"
+WORKER = ("-m", "flask", "--app", "wsgi", "streamchat", "worker")
 # The page tries for 15.5 s to take a broken answer up again. Who does not come back by then has left: the model is
 # stopped, and not paid for until the end. Its Stop button stops the model at once.
 ON_DISCONNECT = "20"
@@ -29,7 +30,8 @@ The first start makes .venv from requirements.txt. With neither OPENAI_API_KEY n
 makes .venv-local and lets a small model answer that runs here ({local_model.NAME}, a download of 122 MB).
 Every STREAMCHAT_... variable is passed on; without STREAMCHAT_TOKENS, STREAMCHAT_PUBLIC is set to true.
 Answers are kept for a day in {STATE.name}/{LOG}, which only your account can read; STREAMCHAT_STORE_URL names
-another log, and an empty one none.
+another log, and an empty one none. With a log a worker makes background answers, unless STREAMCHAT_BACKGROUND is
+false.
 Ctrl-C stops everything that was started; a second one does not wait for running answers."""
 
 
@@ -73,6 +75,8 @@ def _serve(options: argparse.Namespace) -> None:
             _start_nginx(services, nginx, front, port)
         server = ["-m", "gunicorn", "-c", "conf/gunicorn.conf.py", "-b", f"127.0.0.1:{port}", "wsgi:app"]
         services.start("gunicorn", [str(python), *server], environment)
+        if environment.get("STREAMCHAT_BACKGROUND", "").lower() in ("true", "1"):
+            services.start("the worker", [str(python), *WORKER], environment)
         services.wait_until_healthy("gunicorn", port)
         if nginx:
             services.wait_until_healthy("nginx", front)
@@ -101,7 +105,8 @@ def log_of(environment: Mapping[str, str]) -> dict[str, str]:
     else:
         url = environment["STREAMCHAT_STORE_URL"]
     wait = environment.get("STREAMCHAT_ON_DISCONNECT", ON_DISCONNECT if url else "")
-    return {"STREAMCHAT_STORE_URL": url, "STREAMCHAT_ON_DISCONNECT": wait}
+    background = environment.get("STREAMCHAT_BACKGROUND") or ("" if not url or url.startswith("memory:") else "true")
+    return {"STREAMCHAT_STORE_URL": url, "STREAMCHAT_ON_DISCONNECT": wait, "STREAMCHAT_BACKGROUND": background}
 
 
 def _own_log() -> str:

@@ -23,7 +23,7 @@ from .order import Notice, Order
 from .schema import ChatRequest
 from .sender import Sender
 from .sheet import Sheet
-from .store import Entry
+from .store import Entry, Kept
 
 logger = logging.getLogger("streamchat")
 
@@ -35,8 +35,8 @@ TAKE_BACK_WITHIN = 60.0  # seconds
 EXTENSION = "streamchat"
 
 
-def accept(mount: Mount, id: str, user: str | None, asked: ChatRequest, locale: str | None, key: str | None) -> str:
-    """Keeps what is asked for a worker. Its id, or that of the answer that the same Idempotency-Key got before.
+def accept(mount: Mount, id: str, user: str | None, asked: ChatRequest, locale: str | None, key: str | None) -> Kept:
+    """Keeps what is asked for a worker; or the answer that the same Idempotency-Key got before, as it is now.
 
     Raises Draining, TooManyStreams, BudgetExhausted, IdempotencyMismatch, NotFound; StoreDown where it is not sure
     that the store has it: then it is taken back, unless its key finds it again.
@@ -51,9 +51,11 @@ def accept(mount: Mount, id: str, user: str | None, asked: ChatRequest, locale: 
         if key is None:
             mount.process.loop.spawn(lambda: _take_back(mount, log, id))
         raise
-    if admitted == id:
-        mount.carry(id)
-    return admitted
+    if admitted != id:
+        return mount.find(admitted, user)
+    mount.carry(id)
+    # As it was admitted: to ask the store again could fail, and who is told of a failure asks once more.
+    return Kept(id, user, asked.chat, order.prompt.model, order.created_at, "queued", "", 0)
 
 
 def notice_of(mount: Mount, target: str | None) -> Notice:

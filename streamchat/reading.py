@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 
 from flask import Response, request, url_for
 
@@ -15,13 +16,13 @@ from .dialects import OWN, UI, Dialect
 from .document import document
 from .encoders import Encoder, choose_encoder
 from .ending import error_of
-from .errors import InvalidRequest, NotFound, StreamChatError
+from .errors import InvalidRequest, StreamChatError
 from .events import ENDS, Event, Failure, Start
 from .hangup import Caller
 from .mount import Mount
 from .replay import Replay
 from .responses import ANSWER, HEADERS, in_dialect, streamed
-from .store import LIVE, Kept, unpack
+from .store import LIVE, Batch, Kept, unpack
 
 RESUMABLE = {"X-Stream-Resumable": "?1"}  # RFC 9651 4.1.9: a structured field that is true
 CANCEL_SECONDS = 1.0  # how long a cancelled answer may take to end, wherever it is made
@@ -143,20 +144,22 @@ def _ended(mount: Mount, kept: Kept) -> Kept:
     return kept
 
 
-def accepted(mount: Mount, id: str, own_id: str) -> Response:
-    """202 for an answer that a worker makes, and where it can be read. As it is now where its key was given before."""
-    kept = mount.log.find(id)
-    if kept is None:  # pruned since
-        raise NotFound
-    response = _told_whole(mount, kept)
+def accepted(mount: Mount, kept: Kept, own_id: str) -> Response:
+    """202 for an answer that a worker makes, and where it can be read."""
+    is_new = kept.id == own_id
+    response = _document(kept, []) if is_new else _told_whole(mount, kept)
     response.status_code = 202
-    response.headers["Location"] = url_for(".response", id=id)
-    if id != own_id:
+    response.headers["Location"] = url_for(".response", id=kept.id)
+    if not is_new:
         response.headers["Idempotency-Replayed"] = "true"
     return response
 
 
 def _told_whole(mount: Mount, kept: Kept) -> Response:
     request.environ[HEADERS]["X-Response-Id"] = kept.id
-    body = json.dumps(document(kept, mount.log.store.read(kept.id, -1)))
+    return _document(kept, mount.log.store.read(kept.id, -1))
+
+
+def _document(kept: Kept, batches: Sequence[Batch]) -> Response:
+    body = json.dumps(document(kept, batches))
     return Response(body + "\n", content_type="application/json", headers={"Cache-Control": "no-store"})

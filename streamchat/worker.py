@@ -28,9 +28,12 @@ STEP = 0.1  # seconds between two looks whether all has ended
 LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"  # as in conf/gunicorn.conf.py
 
 
+PATCHED = "from gevent import monkey; monkey.patch_all(); from streamchat.worker import main; main()"
+
+
 def command(app_path: str | None, mounts: Sequence[str]) -> list[str]:
-    """What is to be executed. gevent's own start patches before it imports anything of ours."""
-    patched = [sys.executable, "-m", "gevent.monkey", "--module", "streamchat"]
+    """What is to be executed: an interpreter that patches before it imports anything of ours."""
+    patched = [sys.executable, "-c", PATCHED]
     app = [] if app_path is None else ["--app", app_path]
     return patched + app + [word for name in mounts for word in ("--mount", name)]
 

@@ -145,7 +145,6 @@ LAYERS = {
     "opened_logs": Layer(4, "errors loop mount settings store stores", "click flask"),
     "mailroom": Layer(4, "letters opened_logs", "click flask"),
     "worker": Layer(5, "background errors mount", "flask"),
-    "__main__": Layer(5, "worker"),
     "cli": Layer(
         5,
         "diagnosis diagnostics doctor mailroom mount opened_logs settings spending stores worker",
