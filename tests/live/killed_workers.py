@@ -15,13 +15,16 @@ from gevent import monkey
 from streamchat.worker import main
 from tests.live.killed_app import APP
 
-# gevent's own would make a hub before the children have theirs.
-FORK, WAIT = monkey.get_original("os", ["fork", "waitpid"])
+# gevent's own would make a hub before the children have theirs, and close what is to be closed in its time.
+FORK, WAIT, CLOSE = monkey.get_original("os", ["fork", "waitpid", "close"])
 
 
-def start(name: str) -> int:
+def start(name: str, gate: tuple[int, int]) -> int:
     pid: int = FORK()
     if pid == 0:
+        readable, writable = gate
+        CLOSE(writable)
+        os.read(readable, 1)  # until it is known who is who
         os.environ["KILL_AT"] = name
         main(["--app", APP, "--mount", name])
         os._exit(0)
@@ -29,9 +32,11 @@ def start(name: str) -> int:
 
 
 def run(names: list[str]) -> None:
-    running = {start(name): name for name in names}
+    gate = os.pipe()
+    running = {start(name, gate): name for name in names}
     for pid, name in running.items():
         print(name, pid, flush=True)
+    CLOSE(gate[1])
     while running:
         pid, status = WAIT(-1, 0)
         print(running.pop(pid), os.waitstatus_to_exitcode(status), flush=True)

@@ -24,8 +24,8 @@ from streamchat.events import Event, Failure, Finish
 from streamchat.store import Store, unpack
 from tests.fake_upstream import (
     FakeUpstream,
+    Gate,
     Hang,
-    Pause,
     RecordedRequest,
     Step,
     done,
@@ -45,7 +45,6 @@ pytestmark = pytest.mark.live
 
 JOBS = 3  # of each point
 PIECES = 3
-STEP = 0.15  # seconds between two pieces: the log is written between them
 DIE_WITHIN = 60.0  # seconds, imports included: all points at once share the machine
 END_WITHIN = 60.0
 ANN = {"Authorization": f"Bearer {TOKENS['ann']}"}
@@ -62,6 +61,7 @@ AT_DEATH = dict.fromkeys(POINTS, "completed") | {
     "after-pieces-are-kept": "in_progress",
     "before-the-final-state": "in_progress",
 }
+MIDWAY = ("before-pieces-are-kept", "after-pieces-are-kept")  # these answers do not end before their worker does
 TOLD_TWICE = ("before-the-2xx", "after-the-2xx")  # the outbox could not know of the first time
 
 
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass
 class Trial:
-    """`pids` of the first workers, by point; `killed` those that died by a hand that is not theirs."""
+    """`killed`: the points whose workers died by another hand than their own. `gates`: of those that die midway."""
 
     fake: FakeUpstream
     receiver: Receiver
@@ -87,7 +87,8 @@ class Trial:
     stores: dict[str, Store]
     queues: str
     settings: dict[str, str]
-    pids: dict[str, int] = field(default_factory=dict)
+    told: Path
+    gates: dict[str, Gate] = field(default_factory=lambda: {point: Gate() for point in MIDWAY})
     killed: set[str] = field(default_factory=set)
     jobs: list[Job] = field(default_factory=list)
 
@@ -101,23 +102,30 @@ class Trial:
                 kept = self.stores[point].find(job.id)
                 assert kept is not None
                 job.at_death = kept.status
+        if point in self.gates:
+            self.gates[point].open()
 
     def asked(self, job: Job) -> int:
         return sum(request.message == job.message for request in list(self.fake.requests))
 
+    def lines(self) -> list[list[str]]:
+        """What is told of the first workers: the ids of all, then how each ended."""
+        whole, _, _ = self.told.read_text().rpartition("\n")
+        return [line.split() for line in whole.splitlines()]
+
     def kill(self, point: str) -> bool:
         """Once. Whether it was now."""
-        if point in self.killed or point not in self.pids:
+        if point in self.killed:
             return False
         self.killed.add(point)
-        os.kill(self.pids[point], signal.SIGKILL)
+        os.kill(int(dict(self.lines()[: len(POINTS)])[point]), signal.SIGKILL)
         return True
 
     def script(self, request: RecordedRequest) -> Step:
         if request.message.startswith("before-the-headers ") and self.kill("before-the-headers"):
             return Hang()
-        pieces: list[Step] = [[text(piece), Pause(STEP)] for piece in words(0, PIECES)]
-        return [head(), *pieces, finish(), usage_chunk(19, PIECES), done(), last_chunk()]
+        gate = self.gates.get(request.message.partition(" ")[0], ())
+        return [head(), *map(text, words(0, PIECES)), gate, finish(), usage_chunk(19, PIECES), done(), last_chunk()]
 
     def before_reply(self, delivery: Delivery) -> None:
         if delivery.path == "/before-the-2xx":
@@ -172,7 +180,7 @@ def trial_over(kind: str, folder: Path) -> Iterator[Trial]:
         settings = settings_of(receiver, next(iter(urls.values())))
         web = stack.enter_context(gunicorn(fake.base_url, folder, app=APP, extra={"QUEUES": told}, **settings))
         stores = {point: stack.enter_context(looking(url)) for point, url in urls.items()}
-        trial = Trial(fake, receiver, web, stores, told, settings)
+        trial = Trial(fake, receiver, web, stores, told, settings, folder / "killed.txt")
         fake.choose, receiver.before_reply = trial.script, trial.before_reply
         yield trial
 
@@ -189,14 +197,14 @@ def settings_of(receiver: Receiver, store_url: str) -> dict[str, str]:
 
 
 @contextmanager
-def killed_workers(trial: Trial, folder: Path) -> Iterator[Path]:
-    """A worker for each point, and where it stands who has which id and who has ended."""
+def killed_workers(trial: Trial) -> Iterator[None]:
+    """A worker for each point."""
     command = [sys.executable, "-m", "gevent.monkey", "--module", "tests.live.killed_workers", *POINTS]
-    told, log = folder / "killed.txt", folder / "killed.log"
-    with told.open("wb") as out, log.open("wb") as err:
+    log = trial.told.with_suffix(".log")
+    with trial.told.open("wb") as out, log.open("wb") as err:
         process = subprocess.Popen(command, cwd=ROOT, env=trial.environ, stdout=out, stderr=err, start_new_session=True)
     try:
-        yield told
+        yield
     except BaseException:
         print(log.read_text()[-5000:])
         raise
@@ -206,31 +214,28 @@ def killed_workers(trial: Trial, folder: Path) -> Iterator[Path]:
         process.wait()
 
 
-def kill_all(trial: Trial, folder: Path) -> None:
-    """Returns when each point has killed its worker. The lines that tell their ids come first."""
-    with killed_workers(trial, folder) as told:
-        ended: dict[str, int] = {}
+def kill_all(trial: Trial) -> None:
+    """Returns when each point has killed its worker."""
+    ended: dict[str, int] = {}
 
-        def all_ended() -> bool:
-            whole, _, _ = told.read_text().rpartition("\n")
-            lines = [line.split() for line in whole.splitlines()]
-            if len(lines) < len(POINTS):
-                return False
-            trial.pids = {point: int(pid) for point, pid in lines[: len(POINTS)]}
-            for point, status in lines[len(POINTS) + len(ended) :]:
-                ended[point] = int(status)
-                trial.note_death(point)
-            return len(ended) == len(POINTS)
+    def all_ended() -> bool:
+        for point, status in trial.lines()[len(POINTS) + len(ended) :]:
+            ended[point] = int(status)
+            trial.note_death(point)
+        return len(ended) == len(POINTS)
 
-        wait_for(all_ended, DIE_WITHIN, "the death of every worker")
-    assert ended == dict.fromkeys(POINTS, -signal.SIGKILL)
+    with killed_workers(trial):
+        try:
+            wait_for(all_ended, DIE_WITHIN, "the death of every worker")
+        finally:
+            assert ended == dict.fromkeys(POINTS, -signal.SIGKILL)
 
 
 def run_round(kind: str, folder: Path) -> None:
     with trial_over(kind, folder) as trial:
         for job in [Job(point, number) for point in POINTS for number in range(JOBS)]:
             trial.accept(job)
-        kill_all(trial, folder)
+        kill_all(trial)
         again = started(trial.fake.base_url, folder, app=APP, extra={"QUEUES": trial.queues}, **trial.settings)
         with again as worker:
             wait_for(trial.is_quiet, END_WITHIN, "the end of all answers and webhooks")
