@@ -28,7 +28,7 @@ QUEUES = ("shop", "drained")
 NDJSON = "application/x-ndjson"
 PROMPT = "canary system prompt: the cook is a spy"
 SECONDS = 20.0
-GRACE = 8.0  # of the worker that is drained: 5 of them are for what did not end by itself
+GRACE = 7.0  # of the worker that is drained: 5 of them are for what did not end by itself
 
 
 @dataclass
@@ -76,11 +76,11 @@ class Shop:
         return message
 
     @contextmanager
-    def worker(self, queue: str, **settings: str) -> Iterator[WorkerProcess]:
+    def worker(self, queue: str, by_flask: bool = False, **settings: str) -> Iterator[WorkerProcess]:
         """Ready."""
         url, extra = self.model.fake.base_url, {"QUEUES": self.queues}
         given = self.settings | settings
-        with started(url, self.folder, "--mount", queue, app=APP, extra=extra, **given) as process:
+        with started(url, self.folder, queue, app=APP, by_flask=by_flask, extra=extra, **given) as process:
             process.wait_ready()
             yield process
 
@@ -113,7 +113,7 @@ def worker(shop: Shop) -> Iterator[WorkerProcess]:
     early, stopped = shop.model.say("early", words(0, 3)), shop.model.say("stopped", words(0, 3))
     shop.documents = {message: shop.accept("shop", message) for message in (early, stopped)}
     shop.documents["cancelled"] = shop.cancel("shop", shop.documents["stopped"]["id"])
-    with shop.worker("shop") as process:
+    with shop.worker("shop", by_flask=True) as process:
         began = time.monotonic()
         shop.wait_status("shop", shop.documents["early"]["id"], "completed")
         shop.made_within = time.monotonic() - began

@@ -20,6 +20,7 @@ from typing import Any, Self
 from standardwebhooks.webhooks import Webhook
 
 from streamchat.webhooks import new_secret, verify
+from streamchat.worker import command as worker_command
 from tests.live.servers import ROOT, Server, environment, wait_for
 
 READY = "worker ready for"
@@ -48,11 +49,18 @@ def started(
     folder: Path,
     *arguments: str,
     app: str = "wsgi:app",
+    by_flask: bool = False,
     extra: Mapping[str, str] | None = None,
     **settings: str,
 ) -> Iterator[WorkerProcess]:
-    """As an operator starts it, in a group of its own. `arguments` are the command's, `settings` STREAMCHAT_...."""
-    command = [sys.executable, "-m", "flask", "--app", app, "streamchat", "worker", *arguments]
+    """In a group of its own. `arguments` are names of blueprints, none for all; `settings` STREAMCHAT_....
+
+    Without `by_flask` what flask's command executes is started at once: it would import the app only to find that out.
+    """
+    command = worker_command(app, arguments)
+    if by_flask:
+        mounts = [word for name in arguments for word in ("--mount", name)]
+        command = [sys.executable, "-m", "flask", "--app", app, "streamchat", "worker", *mounts]
     log_file = folder / f"worker-{time.monotonic_ns()}.log"
     environ = environment(base_url, **settings) | dict(extra or {})
     with log_file.open("wb") as log:
