@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,9 @@ import requests
 from tests.fake_upstream import FakeUpstream, Gate, Hang, head, text
 from tests.live.killed_app import APP
 from tests.live.pair import LEASE, Model, Reading, looking, seqs, text_of, words
-from tests.live.servers import ROOT, Server, environment, gunicorn, wait_for
+from tests.live.servers import Server, environment, gunicorn, wait_for
 from tests.live.worker_process import Delivery, Receiver, WorkerProcess, started
+from tests.redis_server import RedisServer
 
 pytestmark = pytest.mark.live
 
@@ -228,21 +227,16 @@ def test_term_lets_answers_end_and_a_second_one_does_not_wait(shop: Shop) -> Non
         assert len(shop.model.asked(message)) == 1
 
 
-def test_a_worker_that_cannot_start_says_in_one_sentence_what_to_set() -> None:
-    runs = {
-        (): "set STREAMCHAT_BACKGROUND to true",
-        ("--mount", "nobody"): "There is no blueprint nobody; there is: streamchat.",
-    }
-    command = [sys.executable, "-m", "flask", "--app", "wsgi:app", "streamchat", "worker"]
-    environ = environment("http://127.0.0.1:9/v1")
-    with ThreadPoolExecutor() as pool:
-        ended = pool.map(
-            lambda given: subprocess.run(
-                [*command, *given], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False
-            ),
-            runs,
-        )
-        for process, sentence in zip(ended, runs.values(), strict=True):
-            assert process.returncode > 0
-            (line,) = process.stderr.splitlines()
-            assert line.startswith("streamchat's worker cannot start: ") and sentence in line
+def test_a_worker_whose_redis_is_away_waits_for_it(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path)
+    settings = {"store_url": redis.url, "background": "true", "lease": str(LEASE)}
+    with started("http://127.0.0.1:9/v1", tmp_path, **settings) as worker:
+        worker.wait_ready()
+        wait_for(lambda: "the response log does not answer" in worker.log, what="a word of the log")
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.process.wait(0.5)
+        with redis, looking(redis.url) as store:
+            wait_for(lambda: store.gauges()["owners"] == 1, what="the worker's lease")
+        worker.terminate()
+        assert worker.wait_ended() == 0, worker.log
+    assert "Traceback" not in worker.log
