@@ -1,6 +1,7 @@
 """An app with a blueprint for each queue of QUEUES, whose worker kills itself at the point that KILL_AT names.
 
 QUEUES is JSON: {name: the blueprint's settings}. The product knows nothing of this: its methods are wrapped here.
+KILL_BY is the signal, SIGKILL without it; one that stops the process does so once.
 """
 
 from __future__ import annotations
@@ -83,20 +84,22 @@ def owners_of(owner: str, store_url: str) -> type:
     return RedisStore if owner == "store" else RedisOutbox
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(point: Point, owner: type) -> None:
+def die_at(point: Point, owner: type, by: int) -> None:
     original: Callable[..., Any] = getattr(owner, point.method)
+    met: list[bool] = []
+
+    def meet() -> None:
+        if not met:
+            met.append(True)
+            os.kill(os.getpid(), by)
 
     @wraps(original)
     def call(*given: Any) -> Any:
         if not point.after and point.fits(given, None):
-            die()
+            meet()
         result = original(*given)
         if point.after and point.fits(given, result):
-            die()
+            meet()
         return result
 
     setattr(owner, point.method, call)
@@ -111,5 +114,6 @@ def create_app() -> Flask:
     name = os.environ.get("KILL_AT", "")
     point = POINTS[name] if name else None
     if point is not None:
-        die_at(point, owners_of(point.owner, queues[name]["store_url"]))
+        by = int(os.environ.get("KILL_BY", signal.SIGKILL))
+        die_at(point, owners_of(point.owner, queues[name]["store_url"]), by)
     return app

@@ -2,7 +2,7 @@
 
     python -m gevent.monkey --module tests.live.killed_workers QUEUE...
 
-Prints "QUEUE PID" for each that it starts, then "QUEUE SIGNAL" for each that has ended.
+Prints "QUEUE PID" for each that it starts, then "QUEUE -SIGNAL" or "QUEUE STATUS" for each that was stopped or ended.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ def run(names: list[str]) -> None:
         print(name, pid, flush=True)
     CLOSE(gate[1])
     while running:
-        pid, status = WAIT(-1, 0)
-        print(running.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+        pid, status = WAIT(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            print(running[pid], -os.WSTOPSIG(status), flush=True)
+        else:
+            print(running.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

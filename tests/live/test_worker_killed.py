@@ -88,13 +88,14 @@ class Trial:
     queues: str
     settings: dict[str, str]
     told: Path
+    by: int = signal.SIGKILL
     gates: dict[str, Gate] = field(default_factory=lambda: {point: Gate() for point in MIDWAY})
     killed: set[str] = field(default_factory=set)
     jobs: list[Job] = field(default_factory=list)
 
     @property
     def environ(self) -> dict[str, str]:
-        return environment(self.fake.base_url, **self.settings) | {"QUEUES": self.queues}
+        return environment(self.fake.base_url, **self.settings) | {"QUEUES": self.queues, "KILL_BY": str(int(self.by))}
 
     def note_death(self, point: str) -> None:
         for job in self.jobs:
@@ -113,12 +114,15 @@ class Trial:
         whole, _, _ = self.told.read_text().rpartition("\n")
         return [line.split() for line in whole.splitlines()]
 
+    def pids(self) -> dict[str, int]:
+        return {point: int(pid) for point, pid in self.lines()[: len(POINTS)]}
+
     def kill(self, point: str) -> bool:
         """Once. Whether it was now."""
         if point in self.killed:
             return False
         self.killed.add(point)
-        os.kill(int(dict(self.lines()[: len(POINTS)])[point]), signal.SIGKILL)
+        os.kill(self.pids()[point], self.by)
         return True
 
     def script(self, request: RecordedRequest) -> Step:
@@ -214,7 +218,7 @@ def killed_workers(trial: Trial) -> Iterator[None]:
         process.wait()
 
 
-def kill_all(trial: Trial) -> None:
+def wait_for_deaths(trial: Trial) -> None:
     """Returns when each point has killed its worker."""
     ended: dict[str, int] = {}
 
@@ -224,34 +228,47 @@ def kill_all(trial: Trial) -> None:
             trial.note_death(point)
         return len(ended) == len(POINTS)
 
-    with killed_workers(trial):
-        try:
-            wait_for(all_ended, DIE_WITHIN, "the death of every worker")
-        finally:
-            assert ended == dict.fromkeys(POINTS, -signal.SIGKILL)
+    try:
+        wait_for(all_ended, DIE_WITHIN, "the death of every worker")
+    finally:
+        assert ended == dict.fromkeys(POINTS, -trial.by)
+
+
+def begin(trial: Trial) -> None:
+    for job in [Job(point, number) for point in POINTS for number in range(JOBS)]:
+        trial.accept(job)
+
+
+def end_by_another(trial: Trial, folder: Path) -> None:
+    """A worker for all points, until nothing is left to do."""
+    extra = {"QUEUES": trial.queues}
+    with started(trial.fake.base_url, folder, app=APP, extra=extra, **trial.settings) as worker:
+        wait_for(trial.is_quiet, END_WITHIN, "the end of all answers and webhooks")
+        worker.terminate()
+        assert worker.wait_ended() == 0, worker.log
+
+
+def assert_all_told_once(trial: Trial, jobs: int) -> None:
+    for job in trial.jobs:
+        assert_told_once(trial, job)
+    for point, store in trial.stores.items():
+        (spent,) = store.usage(0, "user")
+        assert (spent.name, spent.answers) == ("ann", jobs), point
+        assert not any(waiting_in(store)), point
+        assert store.gauges()["dead"] == 0
+    for point, status in AT_DEATH.items():
+        assert status in {job.at_death for job in at(trial, point)}, point
+    for point in TOLD_TWICE:
+        assert any(len(trial.receiver.of(job.id)) > 1 for job in at(trial, point)), point
 
 
 def run_round(kind: str, folder: Path) -> None:
     with trial_over(kind, folder) as trial:
-        for job in [Job(point, number) for point in POINTS for number in range(JOBS)]:
-            trial.accept(job)
-        kill_all(trial)
-        again = started(trial.fake.base_url, folder, app=APP, extra={"QUEUES": trial.queues}, **trial.settings)
-        with again as worker:
-            wait_for(trial.is_quiet, END_WITHIN, "the end of all answers and webhooks")
-            worker.terminate()
-            assert worker.wait_ended() == 0, worker.log
-        for job in trial.jobs:
-            assert_told_once(trial, job)
-        for point, store in trial.stores.items():
-            (spent,) = store.usage(0, "user")
-            assert (spent.name, spent.answers) == ("ann", JOBS), point
-            assert not any(waiting_in(store)), point
-            assert store.gauges()["dead"] == 0
-        for point, status in AT_DEATH.items():
-            assert status in {job.at_death for job in at(trial, point)}, point
-        for point in TOLD_TWICE:
-            assert any(len(trial.receiver.of(job.id)) > 1 for job in at(trial, point)), point
+        begin(trial)
+        with killed_workers(trial):
+            wait_for_deaths(trial)
+        end_by_another(trial, folder)
+        assert_all_told_once(trial, JOBS)
 
 
 def at(trial: Trial, point: str) -> list[Job]:
@@ -286,3 +303,27 @@ def test_whenever_a_worker_is_killed_every_answer_ends_is_told_and_is_asked_for_
 @pytest.mark.parametrize("kind", STORES)
 def test_the_same_five_times_over_each_store(kind: str, number: int, tmp_path: Path) -> None:
     run_round(kind, tmp_path)
+
+
+@pytest.mark.long
+def test_a_worker_that_stood_still_finds_its_work_done_and_goes_on_with_what_is_new(
+    tmp_path: Path,
+) -> None:
+    """Not over SQLite: whoever is stopped in a transaction holds the file's lock."""
+    with trial_over("redis", tmp_path) as trial:
+        trial.by = signal.SIGSTOP
+        begin(trial)
+        with killed_workers(trial):
+            wait_for_deaths(trial)
+            end_by_another(trial, tmp_path)
+            for pid in trial.pids().values():
+                os.kill(pid, signal.SIGCONT)
+            for point in POINTS:
+                trial.accept(Job(point, JOBS, at_death="queued"))
+            wait_for(trial.is_quiet, END_WITHIN, "the end of what came later")
+            for pid in trial.pids().values():
+                os.kill(pid, signal.SIGTERM)
+            wait_for(lambda: len(trial.lines()) == 3 * len(POINTS), END_WITHIN, "the end of every worker")
+            assert dict(trial.lines()[2 * len(POINTS) :]) == dict.fromkeys(POINTS, "0")
+        assert_all_told_once(trial, JOBS + 1)
+        assert " ERROR " not in trial.told.with_suffix(".log").read_text()
