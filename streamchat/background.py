@@ -84,8 +84,8 @@ class Worker:
         self._mount = mount
         self._process = mount.process
         self._log = mount.log
-        self._sender = sender or Sender(self._log, self._process.loop, mount.settings, mount.name)
         self._news = self._process.loop.bell()
+        self._sender = sender or Sender(self._log, self._process.loop, mount.settings, mount.name, room=self._news.ring)
         self._making: set[str] = set()
         self._claiming = threading.Lock()  # two that counted the room together would both fill it
         self._stopping = False

@@ -32,13 +32,17 @@ class Sender:
         queue: str,
         courier: Courier | None = None,
         clock: Callable[[], float] = time.time,
+        room: Callable[[], object] = lambda: None,
     ) -> None:
+        """`room` is called when one of AT_ONCE is done, and others may wait for its place."""
         self._log = log
         self._loop = loop
         self._secrets = settings.webhook_secrets
         self._queue = queue
         self._courier = courier or Courier(loopback=settings.webhook_loopback)
         self._clock = clock
+        self._room = room
+        self._full = False
         self.sending: set[str] = set()
 
     def send_due(self) -> None:
@@ -51,7 +55,9 @@ class Sender:
             letters = self._log.store.outbox.take(owner, self._queue, self._clock(), room)
             return [(owner, letter) for letter in letters]
 
-        for owner, letter in self._log.lease.ask(taken):
+        found = self._log.lease.ask(taken)
+        self._full = len(found) == room
+        for owner, letter in found:
             self.sending.add(letter.id)
             self._loop.spawn(lambda owner=owner, letter=letter: self._send(owner, letter))  # type: ignore[misc]
 
@@ -64,6 +70,8 @@ class Sender:
             logger.exception("webhook %s cannot be delivered", letter.id)
         finally:
             self.sending.discard(letter.id)
+            if self._full:
+                self._room()
 
     def _posted(self, letter: Letter) -> Reply:
         headers = sign(Message(letter.id, letter.body), self._secrets, self._clock())

@@ -24,7 +24,7 @@ from .mount import Mount
 logger = logging.getLogger("streamchat")
 
 MARGIN = 5.0  # seconds of the grace in which what did not end by itself is told its end
-HOUR = 3600.0  # seconds
+AWAKE = 60.0  # seconds of one wait: without a timer that counts gevent would take a worker with nothing to do for stuck
 STEP = 0.1  # seconds between two looks whether all has ended
 LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"  # as in conf/gunicorn.conf.py
 
@@ -82,8 +82,8 @@ class Shift:
         for mount, worker in self._workers.items():
             mount.process.loop.spawn(worker.run)
         logger.info("worker ready for %s", ", ".join(mount.name for mount in self._workers))
-        while not self._told.wait(HOUR):
-            pass  # a wait without end would be one without a timer: gevent ends a loop in which nothing else is open
+        while not self._told.wait(AWAKE):
+            pass
         self._drain(time.monotonic() + max(0.0, self._grace - MARGIN))
         for mount in self._workers:
             mount.close()

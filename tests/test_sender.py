@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,6 +197,18 @@ def test_no_more_are_on_their_way_than_allowed(office: Office, courier: FakeCour
     wait_until(lambda: not office.sender.sending, "a letter is on its way")
     office.send()
     assert len(courier.posts) == AT_ONCE + 5
+
+
+def test_what_waits_for_a_place_is_sent_as_soon_as_there_is_one(office: Office, courier: FakeCourier) -> None:
+    given = Settings(webhook_secrets=tuple(SECRETS))
+    room = choose_loop().bell()
+    sender = Sender(office.log, choose_loop(), given, "jobs", courier, office.clock, room.ring)  # type: ignore[arg-type]
+    letters = [office.letter() for _ in range(2 * AT_ONCE + 1)]
+    sender.send_due()
+    while room.wait(time.monotonic() + 0.5):  # as a worker does, but without its beat
+        sender.send_due()
+    assert len(courier.posts) == len(letters)
+    assert {office.found(letter).state for letter in letters} == {"delivered"}
 
 
 def test_letters_of_other_blueprints_are_left_alone(office: Office, courier: FakeCourier) -> None:
