@@ -155,7 +155,8 @@ class _Ticker:
 
     def __init__(self, loop: Any, step: float) -> None:
         self._due: dict[Any, float] = {}
-        self._timer = loop.timer(step, step, ref=False)
+        # It counts as open: gevent ends a loop in which nothing is, and whoever waits for a time is not stuck.
+        self._timer = loop.timer(step, step)
         self._running = False
 
     def switch_out(self, hub: Any, greenlet: Any, until: float) -> bool:

@@ -86,7 +86,7 @@ class Trial:
     web: Server
     stores: dict[str, Store]
     queues: str
-    settings: dict[str, str]
+    settings: dict[str, Any]
     told: Path
     by: int = signal.SIGKILL
     gates: dict[str, Gate] = field(default_factory=lambda: {point: Gate() for point in MIDWAY})

@@ -150,7 +150,8 @@ def bench_in(folder: Path) -> Iterator[Bench]:
         fake, receiver = stack.enter_context(FakeUpstream()), stack.enter_context(Receiver())
         urls = {queue: f"sqlite:///{folder}/{queue}.db" for queue in QUEUES}
         own = {"store_url": urls["jobs"], "background": "true", "on_disconnect": "finish"}
-        settings, url = receiver.settings() | own, fake.base_url
+        settings: dict[str, Any] = receiver.settings() | own
+        url = fake.base_url
         extra = {"QUEUES": json.dumps({queue: {"store_url": each} for queue, each in urls.items()})}
         web = stack.enter_context(gunicorn(url, folder, app=APP, extra=extra, **settings))
         worker = stack.enter_context(started(url, folder, "jobs", app=APP, extra=extra, **settings))
