@@ -1,7 +1,7 @@
 """`bench/faults`: every fault in every format on real processes, held against what is promised; writes docs/faults.md.
 
 Exit status 1 where a cell is not as promised, an honest caller suffers under a slow attack, or a restart loses an
-answer without an ending. Takes about ten minutes on two cores.
+answer without an ending. Takes about six minutes on two cores.
 """
 
 from __future__ import annotations
