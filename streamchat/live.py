@@ -54,6 +54,7 @@ class Live:
         self._tidy = tidy
         self.hangups = Hangups(loop, self.sweep)
         self._running: set[Running] = set()
+        self._whole: dict[Caller, float] = {}  # callers that are given one body, and since when (monotonic)
         # Threads would count together and then all enter. The collector may end an answer while it is held: reentrant.
         self._lock = threading.RLock()
         self._write_timeout = write_timeout
@@ -121,6 +122,13 @@ class Live:
             count, self._deserted = self._deserted, 0
         return count
 
+    def attend(self, caller: Caller) -> Callable[[], object]:
+        """A whole body is about to be written, whose answer is over: until the returned is called, the sweep looks
+        whether its caller reads. Such a body holds no slot.
+        """
+        self._whole[caller] = time.monotonic()
+        return lambda: self._whole.pop(caller, None)
+
     def follow(self, is_stopping: Callable[[], bool], drain_seconds: float) -> None:
         """From when `is_stopping()` is true no answer is begun; those that still run after `drain_seconds` end."""
         self._is_stopping = is_stopping
@@ -143,6 +151,10 @@ class Live:
                 answer.cancellation.cancel(Draining())
                 if writing > STUCK_SECONDS:
                     answer.caller.hang_up()
+
+        for caller, since in list(self._whole.items()):
+            if now - since > (STUCK_SECONDS if over else self._write_timeout):
+                caller.hang_up()
 
     def close(self) -> None:
         self.hangups.close()

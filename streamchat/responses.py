@@ -119,7 +119,11 @@ def streamed(answer: Told, encoder: Encoder, headers: dict[str, str]) -> Respons
 
 def _response(body: Iterator[bytes], encoder: Encoder, own: dict[str, str]) -> Response:
     if encoder.whole:
-        return Response(b"".join(body), content_type=encoder.content_type, headers=ERROR_HEADERS | own)
+        response = Response(b"".join(body), content_type=encoder.content_type, headers=ERROR_HEADERS | own)
+        written = current_mount().process.live.attend(Caller.from_environ(request.environ))
+        response.call_on_close(written)
+        weakref.finalize(response, written).atexit = False
+        return response
     headers = STREAM_HEADERS | encoder.headers | own
     return StreamResponse(stream_with_context(body), content_type=encoder.content_type, headers=headers)
 

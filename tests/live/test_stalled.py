@@ -39,12 +39,14 @@ STALLS = "stall"
 SEND_BUFFER = 65536  # the upstream notices soon that nobody takes its bytes
 
 
-def eight_megabytes() -> Step:
-    return [head(), Repeat(text("x" * 1023 + " "), 8192), finish(), done(), last_chunk()]
+def long_answer(kilobytes: int) -> Step:
+    return [head(), Repeat(text("x" * 1023 + " "), kilobytes), finish(), done(), last_chunk()]
 
 
 def script_of(request: RecordedRequest) -> Step:
-    return eight_megabytes() if request.message.startswith(STALLS) else answer(["Hello"])
+    if not request.message.startswith(STALLS):
+        return answer(["Hello"])
+    return long_answer(512 if request.message == f"{STALLS} json" else 8192)
 
 
 def stalled_caller(port: int, name: object, accept: str, version: str = "1.1") -> socket.socket:
@@ -164,3 +166,18 @@ def test_a_caller_that_stalls_behind_nginx_is_ended_in_time(
         assert not ends_clean(rest(caller))
     assert server.records()[0]["outcome"] == "caller_stalled"
     assert ask(server).text == "Hello"
+
+
+def test_a_caller_that_does_not_read_its_json_is_ended_in_time(upstream: FakeUpstream, server: Server) -> None:
+    """The answer is whole, and its slot free, before its first byte is written: the time limit holds all the same."""
+    with closing(stalled_caller(server.port, "json", "application/json")) as caller:
+        upstream.wait_for_requests(1)[0].wait_finished(20)
+        finished = time.monotonic()
+        wait_for(lambda: len(server.records()) == 1, WRITE_TIMEOUT + SPARE + 2, "the record")
+        assert time.monotonic() - finished > WRITE_TIMEOUT / 2
+        wait_for(lambda: not holds(server, caller), what="the end of the connection")
+        received = rest(caller)
+    assert received.startswith(b"HTTP/1.1 200")
+    assert len(received) < 512 << 10
+    assert server.records()[0]["outcome"] == "completed"
+    assert "ERROR" not in server.log

@@ -1,0 +1,1 @@
+"""The fault matrix: fault x format, each cell measured on real processes and held against what is promised."""
