@@ -59,6 +59,7 @@ class Log:
     def adopt(self, entry: Entry, cancellation: Cancellation) -> Sheet:
         """The sheet of an answer that this process claimed."""
         sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended)
+        sheet.alone = True
         self.running[entry.id] = sheet
         if self.lease.owner != entry.owner:
             self._end_with_lease(sheet)
@@ -234,11 +235,14 @@ class Log:
     def _lost(self, owner: str) -> None:
         """Others have ended the answers of this lease: here they end too.
 
-        Where it was lost because the store was away, nobody is to blame: they go on for their callers, without the log.
+        Where it was lost because the store was away, nobody is to blame: they go on for their callers, if they have
+        one, without the log.
         """
-        end = self.forget if self.down else self._end_with_lease
         for sheet in [sheet for sheet in list(self.running.values()) if sheet.owner == owner]:
-            end(sheet)
+            if self.down and not sheet.alone:
+                self.forget(sheet)
+            else:
+                self._end_with_lease(sheet)
 
     def _end_with_lease(self, sheet: Sheet) -> None:
         self.forget(sheet)

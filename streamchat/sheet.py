@@ -29,7 +29,8 @@ Tell = Callable[[int, Event], None]
 class Sheet:
     """`lost`: what waited is given up, and the answer cannot be resumed. Its final state still is written.
 
-    `admitted` is False where the store did not say whether it has the answer.
+    `admitted` is False where the store did not say whether it has the answer. `alone` is one without a caller: what the
+    log does not have, nobody has. It waits for the store as long as the lease lasts.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Sheet:
         self.next = 0  # seq
         self.lost = False
         self.admitted = True
+        self.alone = False
         self.batch: Batch | None = None  # on its way to the store
         self.ending: Ending | None = None
         self.ends_with_batch = False
@@ -67,7 +69,7 @@ class Sheet:
     def is_late(self, now: float) -> bool:
         """Whether the oldest of what the store does not have has waited too long for it."""
         since = self._taken_since or self._since
-        return bool(since) and now - since > OLDEST
+        return bool(since) and not self.alone and now - since > OLDEST
 
     def extend(self, events: Sequence[Event]) -> None:
         """Called with the events of each read, in the order of seq from 0."""

@@ -23,8 +23,10 @@ from streamchat.errors import Cancelled, LeaseLost, StoreDown, TooManyStreams
 from streamchat.events import Event, Failure, Finish, Start, Text
 from streamchat.log import Log
 from streamchat.loop import choose_loop
+from streamchat.sheet import Sheet
 from streamchat.store import Batch, Ending, Limits
 from tests.keeping import Block, FaultyStore, expect_settled
+from tests.queue_contract import queued
 from tests.shop import wait_until
 from tests.store_contract import ending, entry, told
 from tests.test_loop import PATCHED, run
@@ -341,6 +343,49 @@ def test_a_write_under_a_lost_lease_ends_the_answers(log: Log, store: FaultyStor
     made.say(Text("a"))
     wait_until(lambda: isinstance(made.cancellation.error, LeaseLost), "the answer goes on")
     assert log.waiting_bytes == 0
+
+
+def adopted(log: Log, store: FaultyStore) -> tuple[Sheet, Cancellation]:
+    """The sheet of an answer that came out of a queue."""
+    asked = queued(log.lease.held())
+    store.memory.admit(asked, NONE)
+    (claimed,) = store.memory.claim(log.lease.held(), asked.queue, 1)
+    store.memory.begin(claimed.owner, claimed.id)
+    cancellation = Cancellation()
+    return log.adopt(claimed, cancellation), cancellation
+
+
+def test_a_lease_lost_while_the_store_was_away_ends_what_nobody_reads_and_nothing_else(store: FaultyStore) -> None:
+    log = Log(store.store, choose_loop(), 0.6)
+    try:
+        made = Made(log)
+        _, alone = adopted(log, store)
+        store.fall()
+        wait_until(lambda: log.down, "the store answers")
+        store.lose_leases()
+        store.rise()
+        wait_until(lambda: isinstance(alone.error, LeaseLost), "it is made for nobody")
+        assert made.cancellation.error is None
+        wait_until(lambda: not log.running, "a sheet is held")
+    finally:
+        log.close()
+
+
+def test_what_nobody_reads_waits_for_a_store_that_is_away_for_long(
+    log: Log, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheet_module, "OLDEST", 0.1)
+    made = Made(log)
+    sheet, _ = adopted(log, store)
+    store.fall("write")
+    sheet.extend([Text("a")])
+    made.say(Text("a"))
+    wait_until(lambda: made.sheet is not None and made.sheet.lost, "it is not given up")
+    sheet.extend([Text("b")])
+    assert not sheet.lost
+    store.rise()
+    wait_until(lambda: [event for _, event in kept(store, sheet.id)] == [Text("a"), Text("b")], "it is not kept")
+    made.end()
 
 
 def test_a_full_store_that_refuses_the_rest_still_renews(store: FaultyStore) -> None:

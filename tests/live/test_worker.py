@@ -229,8 +229,8 @@ def test_term_lets_answers_end_and_a_second_one_does_not_wait(shop: Shop) -> Non
 
 def test_a_worker_whose_redis_is_away_waits_for_it(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path)
-    settings: dict[str, Any] = {"store_url": redis.url, "background": "true", "lease": str(LEASE)}
-    with started("http://127.0.0.1:9/v1", tmp_path, **settings) as worker:
+    settings = {"store_url": redis.url, "background": "true", "lease": str(LEASE)}
+    with started("http://127.0.0.1:9/v1", tmp_path, **settings) as worker:  # type: ignore[arg-type]
         worker.wait_ready()
         wait_for(lambda: "the response log does not answer" in worker.log, what="a word of the log")
         with pytest.raises(subprocess.TimeoutExpired):
