@@ -242,7 +242,7 @@ def begin(trial: Trial) -> None:
 def end_by_another(trial: Trial, folder: Path) -> None:
     """A worker for all points, until nothing is left to do."""
     extra = {"QUEUES": trial.queues}
-    with started(trial.fake.base_url, folder, app=APP, extra=extra, **trial.settings) as worker:  # type: ignore[arg-type]
+    with started(trial.fake.base_url, folder, app=APP, extra=extra, **trial.settings) as worker:
         wait_for(trial.is_quiet, END_WITHIN, "the end of all answers and webhooks")
         worker.terminate()
         assert worker.wait_ended() == 0, worker.log

@@ -155,7 +155,7 @@ def bench_in(folder: Path) -> Iterator[Bench]:
         url = fake.base_url
         extra = {"QUEUES": json.dumps({queue: {"store_url": each} for queue, each in urls.items()})}
         web = stack.enter_context(gunicorn(url, folder, app=APP, extra=extra, **settings))
-        worker = stack.enter_context(started(url, folder, "jobs", app=APP, extra=extra, **settings))  # type: ignore[arg-type]
+        worker = stack.enter_context(started(url, folder, "jobs", app=APP, extra=extra, **settings))
         worker.wait_ready()
         stores = {queue: stack.enter_context(looking(each)) for queue, each in urls.items()}
         yield Bench(Model(fake), receiver, web, worker, stores)
