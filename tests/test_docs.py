@@ -176,7 +176,7 @@ def test_the_lines_for_nginx_are_a_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", documents(), ids=lambda page: page.name)
 def test_no_link_leads_nowhere(page: Path) -> None:
-    dead = [link for link in dead_links(page)]
+    dead = list(dead_links(page))
     assert not dead
 
 
