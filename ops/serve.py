@@ -75,9 +75,9 @@ def _serve(options: argparse.Namespace) -> None:
             _start_nginx(services, nginx, front, port)
         server = ["-m", "gunicorn", "-c", "conf/gunicorn.conf.py", "-b", f"127.0.0.1:{port}", "wsgi:app"]
         services.start("gunicorn", [str(python), *server], environment)
-        if environment.get("STREAMCHAT_BACKGROUND", "").lower() in ("true", "1"):
-            services.start("the worker", [str(python), *WORKER], environment)
         services.wait_until_healthy("gunicorn", port)
+        if environment.get("STREAMCHAT_BACKGROUND", "").lower() in ("true", "1"):
+            services.start("the worker", [str(python), *WORKER], environment)  # the settings are good
         if nginx:
             services.wait_until_healthy("nginx", front)
         print(_welcome(front, environment), flush=True)

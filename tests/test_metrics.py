@@ -23,6 +23,7 @@ from streamchat.metric_table import METRICS, STORED
 from streamchat.metrics import OTHER, OUTCOMES, UPSTREAMS, Figures, StoreFigures
 from streamchat.mount import check_environ
 from streamchat.prompt import Prompt
+from tests.documents import closing_mounts
 from tests.fake_upstream import FakeUpstream, Gate, Hang, answer, done, error, finish, head, last_chunk, text
 from tests.shop import KEY, SSE, call, open_shop, post_bytes, read_until, serve, wait_until
 from tests.test_ledger import RECORD
@@ -451,11 +452,11 @@ def test_wsgi_has_the_route_only_where_the_setting_is_on(
     monkeypatch.setenv("STREAMCHAT_PUBLIC", "true")
     import wsgi
 
-    statuses = [
-        wsgi.create_app({"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_METRICS": value}).test_client().get("/metrics")
-        for value in ("", "false", "1")
-    ]
-    assert [response.status_code for response in statuses] == [404, 404, 200]
+    statuses = []
+    for value in ("", "false", "1"):
+        with closing_mounts(wsgi.create_app({"STREAMCHAT_PUBLIC": "true", "STREAMCHAT_METRICS": value})) as app:
+            statuses.append(app.test_client().get("/metrics").status_code)
+    assert statuses == [404, 404, 200]
 
 
 def test_a_format_that_counts_each_event_counts_pieces_alike(upstream: FakeUpstream) -> None:

@@ -141,6 +141,14 @@ def test_the_curl_line_that_it_prints_streams_an_answer(local: Started) -> None:
     assert waited < (time.monotonic() - begin) / 2
 
 
+def test_a_worker_makes_background_answers(local: Started) -> None:
+    asked = requests.post(f"{local.url}/api/get-response", json={"message": "Say hi.", "background": True})
+    assert (asked.status_code, asked.json()["status"]) == (202, "queued")
+    url = local.url + asked.headers["Location"]
+    wait_for(lambda: requests.get(url).json()["status"] in ("completed", "incomplete"), 60, "the answer")
+    assert requests.get(url).json()["text"]
+
+
 def test_the_local_model_answers_nobody_who_lacks_the_key(local: Started) -> None:
     model = local.named("local_model.py")
     (port,) = [socket.laddr.port for socket in model.net_connections("tcp") if socket.status == "LISTEN"]
@@ -262,22 +270,33 @@ def test_tokens_stand_in_the_line_and_make_nothing_public(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "url", "on_disconnect"),
+    ("given", "url", "on_disconnect", "background"),
     [
-        ({}, "sqlite:///{state}/answers.db", "20"),
-        ({"STREAMCHAT_ON_DISCONNECT": "finish"}, "sqlite:///{state}/answers.db", "finish"),
-        ({"STREAMCHAT_STORE_URL": "redis://localhost"}, "redis://localhost", "20"),
-        ({"STREAMCHAT_STORE_URL": ""}, "", ""),
+        ({}, "sqlite:///{state}/answers.db", "20", "true"),
+        ({"STREAMCHAT_ON_DISCONNECT": "finish"}, "sqlite:///{state}/answers.db", "finish", "true"),
+        ({"STREAMCHAT_STORE_URL": "redis://localhost"}, "redis://localhost", "20", "true"),
+        ({"STREAMCHAT_STORE_URL": "memory://"}, "memory://", "20", ""),
+        ({"STREAMCHAT_BACKGROUND": "false"}, "sqlite:///{state}/answers.db", "20", "false"),
+        ({"STREAMCHAT_STORE_URL": ""}, "", "", ""),
     ],
 )
 def test_a_log_is_set_up_unless_one_is_named_or_none_is_wanted(
-    given: dict[str, str], url: str, on_disconnect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, str],
+    url: str,
+    on_disconnect: str,
+    background: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = tmp_path / "100% state"
     monkeypatch.setattr(serve, "STATE", state)
     added = serve.log_of(given)
     named = url.format(state=str(state).replace("%", "%25").replace(" ", "%20"))
-    assert added == {"STREAMCHAT_STORE_URL": named, "STREAMCHAT_ON_DISCONNECT": on_disconnect}
+    assert added == {
+        "STREAMCHAT_STORE_URL": named,
+        "STREAMCHAT_ON_DISCONNECT": on_disconnect,
+        "STREAMCHAT_BACKGROUND": background,
+    }
     assert state.is_dir() == named.startswith("sqlite:")
 
 
