@@ -248,6 +248,8 @@ class Mount:
         process.live.follow(is_stopping, drain_seconds)
         if self.hooks.client_factory is None:
             process.upstream.warm_up()
+        if process.log is not None:
+            process.loop.spawn(process.log.wake)
 
     def close(self) -> None:
         """Ends what the process holds. A worker that exits without the call leaves its lease to end by itself."""

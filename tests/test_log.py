@@ -312,6 +312,21 @@ def test_a_refused_admission_leaves_nothing(log: Log, store: FaultyStore) -> Non
 # --- leases
 
 
+def test_a_log_that_is_woken_ends_what_dead_processes_left(store: FaultyStore) -> None:
+    dead = entry(store.memory.take_lease())
+    store.memory.admit(dead, NONE)
+    store.lose_leases()
+    log = Log(store.store, choose_loop(), 0.6)
+    try:
+        store.fall("take_lease")
+        log.wake()
+        assert store.memory.gauges()["owners"] == 0
+        store.rise()
+        wait_until(lambda: status(store, dead.id) == "failed", "nobody ends it")
+    finally:
+        log.close()
+
+
 def test_a_lost_lease_ends_the_answers_and_the_next_one_has_a_new_one(store: FaultyStore) -> None:
     log = Log(store.store, choose_loop(), 0.6)
     try:

@@ -415,7 +415,7 @@ def test_a_delivered_letter_goes_by_itself_and_others_stay(server: RedisServer) 
 
 
 def test_a_delivered_letter_that_is_replayed_does_not_go(server: RedisServer) -> None:
-    store = RedisStore(server.url, LEASE, keep=600.0)
+    store = RedisStore(server.url, LEASE, keep=86_400.0)
     owner = store.take_lease()
     letter = posted(store, owner)
     store.outbox.take(owner, "jobs", LATER, 9)

@@ -308,7 +308,7 @@ def test_a_queued_answer_carries_any_text_unharmed(
     store.admit(answer, NONE)
     assert store.claim(owner, answer.queue, 1) == [answer]
     store.cancel(answer.id)
-    [letter] = store.outbox.take(owner, answer.queue, NOW + 60, 1)
+    [letter] = store.outbox.take(owner, answer.queue, NOW + 86_400, 1)
     assert (letter.queue, letter.target) == (answer.queue, answer.target)
     store.outbox.settle(owner, letter.id, Next("dead", switch_off=True), "410 \ud83d")
     other = entry(owner, status="queued", **texts_of_clients)
@@ -337,9 +337,9 @@ def test_a_letter_that_is_replayed_while_pruning_goes_on_is_kept(store: SqliteSt
     answer = entry(owner, status="queued", queue="jobs", target="https://shop.example/hook")
     store.admit(answer, NONE)
     store.cancel(answer.id)
-    [letter] = store.outbox.take(owner, "jobs", NOW + 60, 1)
+    [letter] = store.outbox.take(owner, "jobs", NOW + 86_400, 1)
     store.outbox.settle(owner, letter.id, Next("delivered"), "204")
-    found = store._reader.run(lambda connection: delivered(connection, NOW + 60))
+    found = store._reader.run(lambda connection: delivered(connection, NOW + 86_400))
     assert found == [(1, len(letter.body))]
     assert store.outbox.replay(letter.id, NOW)
     store._writer.run(lambda connection: forget_letters(connection, [nr for nr, _ in found]))
