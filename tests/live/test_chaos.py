@@ -225,7 +225,7 @@ def run(server: Server, chosen: list[Trial]) -> None:
 
 
 def settle(server: Server, fakes: list[FakeUpstream], before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The report when all is as `before`, or what is left after thirty seconds; the first: when two brought no change."""
+    """The report when all is as `before`, or what is left after 30 s; without one, when 2 s brought no change."""
     same = 0
     report: dict[str, Any] = {}
     until = time.monotonic() + 30  # the last greenlets of a loaded machine wait for time limits of their own
