@@ -98,3 +98,10 @@ def test_every_line_is_a_pin_a_hash_or_a_comment(file: str) -> None:
 def test_no_comment_names_a_place(file: str) -> None:
     comments = re.findall(r"#.*", (ROOT / file).read_text())
     assert [comment for comment in comments if re.search(r"://|/\w+/|index-url(?<!no-emit-index-url)", comment)] == []
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_the_pins_are_whole_on_the_oldest_python(file: str) -> None:
+    """Python 3.11.0 to 3.11.2, Debian's among them, need one for redis that later ones do not."""
+    assert re.search(r"--python-version 3\.11 ", (ROOT / file).read_text())
+    assert "async-timeout" in pins(file)
