@@ -62,12 +62,12 @@ def batches(text: str) -> Iterator[bytes]:
 
 
 def main_thread_tasks(trace: bytes) -> list[float]:
-    """Milliseconds of processor time of each task, from a trace of one page."""
+    """Milliseconds of processor time of each task, from a trace of one page. Chromium leaves out a time of 0."""
     events: list[dict[str, Any]] = json.loads(trace)["traceEvents"]
     names = [each for each in events if each["name"] == "thread_name"]
     mains = {(each["pid"], each["tid"]) for each in names if each["args"]["name"] == "CrRendererMain"}
     tasks = [each for each in events if each["ph"] == "X" and each["name"] == "ThreadControllerImpl::RunTask"]
-    return [each["tdur"] / 1000 for each in tasks if (each["pid"], each["tid"]) in mains]
+    return [each.get("tdur", 0) / 1000 for each in tasks if (each["pid"], each["tid"]) in mains]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,5 +83,5 @@ def test_twenty_thousand_words_stream_without_a_long_task(
     tasks = main_thread_tasks(browser.stop_tracing())
     print(f"{shape}: longest {max(tasks):.0f} ms of {len(tasks)} tasks; by the clock {chat.evaluate('longTasks')}")
     assert len(re.findall(r"\w+", chat.locator(".answer").text_content() or "")) > WORDS * 0.9
-    assert len(tasks) > 100
+    assert len([task for task in tasks if task]) > 100
     assert max(tasks) < LONGEST_MS
