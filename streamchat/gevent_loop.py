@@ -8,12 +8,12 @@ from __future__ import annotations
 import select
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import gevent
 from gevent import monkey
-from gevent.threadpool import ThreadPool
 
 from .waits import NEVER, Bell, Lane, T, Waiter
 
@@ -77,7 +77,7 @@ class GeventLoop:
         return self._epoll()
 
     def lane(self) -> Lane:
-        return _NativeLane()
+        return _NativeLane(self._hub)
 
     def bell(self) -> Bell:
         return _HubBell(self, self._hub)
@@ -99,28 +99,76 @@ class GeventLoop:
         self._pauses.switch_out(self._hub, gevent.getcurrent(), until)
 
 
-def _caught(task: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """gevent writes a traceback for what a native thread raises, in the loop's own time."""
-    try:
-        return task(), None
-    except BaseException as error:
-        return None, error
+class _Job:
+    """One call of a lane: who waits for it, and what became of it."""
+
+    __slots__ = ("error", "greenlet", "result", "task")
+
+    def __init__(self, task: Callable[[], Any], greenlet: Any) -> None:
+        self.task = task
+        self.greenlet = greenlet  # None where it left meanwhile
+        self.result: Any = None
+        self.error: BaseException | None = None
 
 
 class _NativeLane:
-    """A pool of one beside the hub's own, whose threads also resolve names."""
+    """A thread and a watcher for all calls: gevent's own pool makes a watcher and takes a semaphore and a condition for
+    each, which was more than half of what a small transaction took. The hub's pool also resolves names.
+    """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPool(1)
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self._todo = monkey.get_original("queue", "SimpleQueue")()
+        self._done: deque[_Job] = deque()
+        self._pending = 0
+        self._news = hub.loop.async_()
+        self._closed = False
+        monkey.get_original("_thread", "start_new_thread")(self._work, ())
 
     def run(self, task: Callable[[], T]) -> T:
-        result, error = self._pool.apply(_caught, (task,))
-        if error is not None:
-            raise error
-        return cast(T, result)
+        job = _Job(task, gevent.getcurrent())
+        if not self._pending:  # started only then: a watcher that is started keeps its loop open
+            self._news.start(self._wake)
+        self._pending += 1
+        self._todo.put(job)
+        try:
+            self._hub.switch()
+        finally:
+            job.greenlet = None
+        if job.error is not None:
+            raise job.error
+        return cast(T, job.result)
+
+    def _work(self) -> None:
+        """In the native thread, which touches nothing of the loop but `send`."""
+        while (job := self._todo.get()) is not None:
+            try:
+                job.result = job.task()
+            except BaseException as error:
+                job.error = error
+            self._done.append(job)
+            del job
+            self._news.send()
+
+    def _wake(self) -> None:
+        for _ in range(len(self._done)):
+            job = self._done.popleft()
+            self._pending -= 1
+            if not self._pending:
+                self._news.stop()
+                self._close_news()
+            if job.greenlet is not None:
+                job.greenlet.switch()
 
     def close(self) -> None:
-        self._pool.kill()
+        if not self._closed:
+            self._closed = True
+            self._todo.put(None)
+            self._close_news()
+
+    def _close_news(self) -> None:
+        if self._closed and not self._pending:  # a task whose caller was killed still tells its end
+            self._news.close()
 
 
 class _HubBell:

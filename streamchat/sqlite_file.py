@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
-from .errors import StoreDown
+from .errors import StoreDown, StreamChatError
 from .ledger import logger
 from .loop import Lane
 from .sqlite_schema import Connection, apsw, open_file
@@ -31,8 +32,23 @@ class _Trouble(Exception):
         self.again = again
 
 
+class _Task:
+    """What one caller wants done, and what came of it."""
+
+    __slots__ = ("do", "found", "until")
+
+    def __init__(self, do: Callable[[Connection], Any], until: float | None) -> None:
+        self.do = do
+        self.until = until
+        self.found: Any = None  # what is returned, or the exception that is raised
+
+
 class File:
-    """Opens at the first use, after a fork. `is_reader` says that nothing is written through it."""
+    """Opens at the first use, after a fork. `is_reader` says that nothing is written through it.
+
+    What waits for the native thread is done in one transaction: its begin, its commit and the pages that tasks share
+    cost once. A task raises StreamChatError only before it writes anything; after anything else all are done apart.
+    """
 
     def __init__(self, path: str, lane: Callable[[], Lane], *, is_reader: bool) -> None:
         self._path = path
@@ -41,18 +57,19 @@ class File:
         self._make_lane = lane
         self._lane: Lane | None = None
         self._lock = threading.Lock()
+        self._waiting: deque[_Task] = deque()
         self._connection: Connection | None = None
         self._trouble: str | None = None
         self.opened = 0  # times
 
     def run(self, task: Callable[[Connection], T], patience: float = PATIENCE) -> T:
-        """What the task returns, done as one transaction. No `patience` is one attempt. Raises StoreDown."""
+        """What the task returns, done in a transaction. No `patience` is one attempt. Raises StoreDown."""
         until = time.monotonic() + patience if patience else None
         while True:
-            found = self._thread().run(lambda: self._caught(task, until))
+            found = self._done(_Task(task, until))
             if not isinstance(found, Exception):
                 self._tell(None)
-                return found
+                return cast(T, found)
             if not isinstance(found, _Trouble):
                 raise found
             if not found.again or until is None or time.monotonic() + PAUSE > until:
@@ -69,27 +86,47 @@ class File:
             lane.close()
 
     def _thread(self) -> Lane:
-        with self._lock:
-            if self._lane is None:
-                self._lane = self._make_lane()
-            return self._lane
+        if self._lane is None:
+            with self._lock:
+                self._lane = self._lane or self._make_lane()
+        return self._lane
 
-    def _caught(self, task: Callable[[Connection], T], until: float | None) -> T | Exception:
-        """What a native thread of gevent raises is written to stderr first, with a traceback: 40 ms and no news."""
-        try:
-            return self._attempt(task, until)
-        except Exception as error:
-            return error
+    def _done(self, task: _Task) -> Any:
+        self._waiting.append(task)
+        self._thread().run(self._join)  # finds nothing where one that waited before it took this along
+        return task.found
 
-    def _attempt(self, task: Callable[[Connection], T], until: float | None) -> T:
+    def _join(self) -> None:
         """In the native thread. Many may have waited for it: who comes too late gives up at once."""
-        if until is not None and until < time.monotonic():
-            raise _Trouble("Busy", again=False)
+        now, due = time.monotonic(), list[_Task]()
+        for task in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+            if task.until is not None and task.until < now:
+                task.found = _Trouble("Busy", again=False)
+            else:
+                due.append(task)
+        if due and not self._did(due) and len(due) > 1:
+            for task in due:
+                self._did([task])
+
+    def _did(self, tasks: Sequence[_Task]) -> bool:
+        """Whether it is known of each what came of it; not where one's fault may have been the others', too.
+
+        Raises nothing: what a native thread raises is not the caller's to see.
+        """
+        try:
+            self._attempt(tasks)
+            return True
+        except Exception as error:
+            for task in tasks:
+                task.found = error
+            return isinstance(error, _Trouble) and error.again
+
+    def _attempt(self, tasks: Sequence[_Task]) -> None:
         try:
             if self._connection is None:
                 self._connection = self._open()
-            self._connection.set_busy_timeout(int(BUSY_WAIT * 1000))
-            return self._transact(self._connection, task)
+                self._connection.set_busy_timeout(int(BUSY_WAIT * 1000))
+            self._transact(self._connection, tasks)
         except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError) as error:
             raise _Trouble(_name(error), again=True) from None
         except apsw.FullError as error:
@@ -98,15 +135,18 @@ class File:
             self._drop()
             raise _Trouble(_name(error), again=False) from None
 
-    def _transact(self, connection: Connection, task: Callable[[Connection], T]) -> T:
+    def _transact(self, connection: Connection, tasks: Sequence[_Task]) -> None:
         connection.execute(self._begin)
         try:
-            result = task(connection)
+            for task in tasks:
+                try:
+                    task.found = task.do(connection)
+                except StreamChatError as error:
+                    task.found = error
             connection.execute("COMMIT")
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-        return result
 
     def _open(self) -> Connection:
         connection = open_file(self._path)
