@@ -48,7 +48,7 @@ class Log:
         self.lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
         self._dirty: dict[Sheet, None] = {}
         self._news, self._hurry, self._stop = loop.bell(), loop.bell(), loop.bell()
-        self._counting = threading.RLock()  # reentrant: the collector may end an answer while it is held
+        self._counting = loop.lock()  # reentrant: the collector may end an answer while it is held
         self._tasks: list[threading.Event] = []  # set when they have ended
         self._closed = False
 
@@ -59,7 +59,7 @@ class Log:
 
     def adopt(self, entry: Entry, cancellation: Cancellation) -> Sheet:
         """The sheet of an answer that this process claimed."""
-        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended)
+        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop.lock())
         sheet.alone = True
         self.running[entry.id] = sheet
         if self.lease.owner != entry.owner:
@@ -82,7 +82,7 @@ class Log:
     ) -> tuple[str, Sheet | None]:
         owner = self.lease.held()
         asked = replace(entry, owner=owner)
-        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended)
+        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended, self._loop.lock())
         sheet.admitted = False
         self.running[asked.id] = sheet  # now: once the store knows the answer, somebody may cancel it
         try:

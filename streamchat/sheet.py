@@ -8,10 +8,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from .cancellation import Cancellation
 from .errors import StoreDown
-from .events import Event, Failure, Finish
+from .events import Event, Failure, Finish, Text
 from .store import Batch, Ending, pack
 
 FULL = 32_768  # bytes: written at once
@@ -34,7 +35,13 @@ class Sheet:
     """
 
     def __init__(
-        self, id: str, owner: str, cancellation: Cancellation, note: Note, unattended: Callable[[str], float]
+        self,
+        id: str,
+        owner: str,
+        cancellation: Cancellation,
+        note: Note,
+        unattended: Callable[[str], float],
+        lock: AbstractContextManager[object],
     ) -> None:
         self.id = id
         self.owner = owner
@@ -50,7 +57,7 @@ class Sheet:
         self.readers: list[Tell] = []
         self._note = note
         self._unattended = unattended
-        self._lock = threading.Lock()  # threads append and take at once; nothing waits while it is held
+        self._lock = lock  # threads append and take at once
         self._waiting: list[Event] = []
         self._taken: list[Event] = []
         self._size = 0
@@ -97,7 +104,7 @@ class Sheet:
             seq, self.next = self.next, self.next + len(events)
             self.ending = ending or self.ending
             if not self.lost:
-                change = sum([_size(event) for event in events])
+                change = _size(events)
                 now = time.monotonic()
                 self._size += change
                 self._waiting.extend(events)
@@ -183,8 +190,15 @@ class Sheet:
         return told if self._end_is_told or self.ending is None else told[:-1]
 
 
-def _size(event: Event) -> int:
+def _size(events: Sequence[Event]) -> int:
+    size = AN_EVENT * len(events)
+    for event in events:
+        text = event.text if type(event) is Text and event.logprobs is None else _long_parts(event)
+        size += len(text) if text.isascii() else WIDE * len(text)
+    return size
+
+
+def _long_parts(event: Event) -> str:
     text = getattr(event, "text", "") or getattr(event, "arguments", "")
     logprobs = getattr(event, "logprobs", None)
-    size = AN_EVENT + (len(text) if text.isascii() else WIDE * len(text))
-    return size if logprobs is None else size + len(str(logprobs))
+    return text if logprobs is None else f"{text}{logprobs}"

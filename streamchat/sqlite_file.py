@@ -44,17 +44,21 @@ class _Task:
 
 
 class File:
-    """Opens at the first use, after a fork. `is_reader` says that nothing is written through it.
+    """Opens at the first use, after a fork. `is_reader` says that nothing is written through it. `undone` is called in
+    the native thread when a transaction was not committed, or nobody knows.
 
     What waits for the native thread is done in one transaction: its begin, its commit and the pages that tasks share
     cost once. A task raises StreamChatError only before it writes anything; after anything else all are done apart.
     """
 
-    def __init__(self, path: str, lane: Callable[[], Lane], *, is_reader: bool) -> None:
+    def __init__(
+        self, path: str, lane: Callable[[], Lane], *, is_reader: bool, undone: Callable[[], object] = lambda: None
+    ) -> None:
         self._path = path
         self._begin = "BEGIN" if is_reader else "BEGIN IMMEDIATE"
         self._is_reader = is_reader
         self._make_lane = lane
+        self._undone = undone
         self._lane: Lane | None = None
         self._lock = threading.Lock()
         self._waiting: deque[_Task] = deque()
@@ -117,6 +121,7 @@ class File:
             self._attempt(tasks)
             return True
         except Exception as error:
+            self._undone()
             for task in tasks:
                 task.found = error
             return isinstance(error, _Trouble) and error.again

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 from .bookkeeping import DAY, interrupted, is_over, midnight, needs_count, unseen
-from .errors import BudgetExhausted, IdempotencyMismatch, TooManyStreams
+from .errors import BudgetExhausted, IdempotencyMismatch, LeaseLost, TooManyStreams
 from .events import Usage
 from .loop import Lane
 from .sqlite_endings import PIECE, cancel, end, finish
@@ -42,7 +42,7 @@ ADMITTED = """
     INSERT INTO answers (id, user, chat, model, created_at, owner, status, reserve, queue, request, target)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
 RUNNING = f"""
-    SELECT a.id, a.nr, {NEXT} FROM json_each(?) wanted CROSS JOIN answers a ON a.id = wanted.value
+    SELECT a.id, a.status, a.nr, {NEXT} FROM json_each(?) wanted CROSS JOIN answers a ON a.id = wanted.value
     WHERE a.owner = ? AND a.ended_at IS NULL"""
 KEPT = ("id", "user", "chat", "model", "created_at", "status", "owner", "finish_reason", "error", "next")
 FOUND = f"""
@@ -63,7 +63,8 @@ class SqliteStore:
         self, path: str, lease: float, lane: Callable[[], Lane], clock: Callable[[], float] = time.monotonic
     ) -> None:
         check_library()
-        self._writer = File(path, lane, is_reader=False)
+        self._running: dict[tuple[str, str], tuple[int, int]] = {}  # by owner and id: number, next seq; see `_write`
+        self._writer = File(path, lane, is_reader=False, undone=self._running.clear)
         self._reader = File(path, lane, is_reader=True)
         self._leases = Leases(path, lease, clock)
         self._seen_leases = Leases(path, lease, clock)  # the reading thread's own
@@ -180,6 +181,8 @@ class SqliteStore:
         owner = "" if entry.status == "queued" else entry.owner
         later = (bound(entry.queue), bound(entry.request), bound(entry.target))
         connection.execute(ADMITTED, (entry.id, *told, owner, entry.status, entry.reserve, *later))
+        if owner and connection.changes():
+            self._running[owner, entry.id] = connection.last_insert_rowid(), 0
         if entry.key is not None:
             kept = "INSERT OR REPLACE INTO keys (scope, key, fingerprint, id, created_at) VALUES (?, ?, ?, ?, ?)"
             connection.execute(kept, (*scope, bound(entry.fingerprint), entry.id, entry.created_at))
@@ -211,10 +214,14 @@ class SqliteStore:
         return spent
 
     def _write(self, connection: Connection, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
-        self._leases.check(connection, owner)
+        """What it knows of a begun answer is true as long as its owner lives: nobody else writes to it, or ends it."""
+        try:
+            self._leases.check(connection, owner)
+        except LeaseLost:
+            self._running.clear()
+            raise
         ids = {batch.id for batch in batches} | {ending.id for ending in endings}
-        found = connection.execute(RUNNING, (json.dumps(list(ids)), owner))
-        running: dict[str, tuple[int, int]] = {id: (nr, seq) for id, nr, seq in found}
+        running = self._found_running(connection, owner, ids)
         rows = []
         for batch in batches:
             nr, seq = running.get(batch.id, (0, 0))
@@ -222,12 +229,26 @@ class SqliteStore:
             if new is not None:
                 rows.append((nr, new.first, new.count, new.payload))
                 running[batch.id] = nr, new.last + 1
+                if (owner, batch.id) in self._running:
+                    self._running[owner, batch.id] = running[batch.id]
         connection.executemany(PIECE, rows)
         now = time.time()
         for ending in endings:
             nr, _ = running.pop(ending.id, (0, 0))
+            self._running.pop((owner, ending.id), None)
             if nr:
                 end(connection, nr, ending, now)
+
+    def _found_running(self, connection: Connection, owner: str, ids: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Number and next seq of each that is live and this owner's."""
+        running = {id: known for id in ids if (known := self._running.get((owner, id))) is not None}
+        if len(running) < len(ids):
+            asked = json.dumps([id for id in ids if id not in running])
+            for id, status, nr, seq in connection.execute(RUNNING, (asked, owner)):
+                running[id] = nr, seq
+                if status == "in_progress":  # one that is claimed, and not begun, may be cancelled by anybody
+                    self._running[owner, id] = nr, seq
+        return running
 
     def _reap(self, connection: Connection) -> list[str]:
         orphans = find_orphans(connection, self._leases)

@@ -7,6 +7,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .waits import NEVER, Bell, Lane, T, Waiter
@@ -107,6 +108,9 @@ class ThreadLoop:
 
     def lane(self) -> Lane:
         return _LockedLane()
+
+    def lock(self) -> AbstractContextManager[object]:
+        return threading.RLock()
 
     def bell(self) -> Bell:
         return _EventBell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 NEVER = float("inf")
@@ -67,5 +68,8 @@ class Loop(Protocol):
         """A new select.epoll, or None where the system has none."""
 
     def lane(self) -> Lane: ...
+
+    def lock(self) -> AbstractContextManager[object]:
+        """A reentrant lock for what threads share; nothing waits while it is held."""
 
     def bell(self) -> Bell: ...

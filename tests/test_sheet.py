@@ -25,7 +25,7 @@ class Desk:
     def __init__(self, unattended: Callable[[str], float] = lambda _: float("inf")) -> None:
         self.size = 0
         self.urgent = False
-        self.sheet = Sheet("resp_1", "owner", Cancellation(), self._note, unattended)
+        self.sheet = Sheet("resp_1", "owner", Cancellation(), self._note, unattended, threading.RLock())
 
     def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
         self.size += size
