@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .bookkeeping import Unfinished, withdrawn
@@ -19,7 +19,7 @@ ENDED = """
     UPDATE answers SET status = ?, ended_at = ?, finish_reason = ?, input_tokens = ?, output_tokens = ?, estimated = ?,
     error = ?, bytes = (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = answers.nr),
     request = '' WHERE nr = ?"""
-RECORD = f"INSERT OR IGNORE INTO ledger ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})"
+RECORD = f"INSERT OR IGNORE INTO ledger (nr, {', '.join(FIELDS)}) VALUES (?, {', '.join('?' * len(FIELDS))})"
 STOPPED = "UPDATE answers SET cancelled = 1 WHERE id = ? AND ended_at IS NULL AND status <> 'queued' AND cancelled = 0"
 UNFINISHED = """
     SELECT nr, status, claims, id, user, model, created_at,
@@ -46,8 +46,8 @@ def end(connection: Connection, nr: int, ending: Ending, now: float) -> None:
     usage = ending.usage
     counted = (usage.input_tokens, usage.output_tokens, usage.estimated) if usage else (None, None, None)
     connection.execute(ENDED, (ending.status, now, bound(ending.finish_reason), *counted, bound(ending.error), nr))
-    values = [bound(value) if isinstance(value, str) else value for value in astuple(ending.record)]
-    connection.execute(RECORD, values)
+    told = (getattr(ending.record, name) for name in FIELDS)
+    connection.execute(RECORD, (nr, *(bound(value) if isinstance(value, str) else value for value in told)))
     if ending.letter is not None:
         put(connection, ending.letter)
 

@@ -120,8 +120,35 @@ CREATE INDEX letter_states ON letters (state, created_at);
 CREATE INDEX letter_ages ON letters (created_at);
 CREATE TABLE targets_off (target ANY NOT NULL PRIMARY KEY) STRICT, WITHOUT ROWID;
 """
+# Each index is a page more that an answer's end writes. A record has the number of its answer, which no other ever has
+# (older ones whose answer is forgotten: one below 0), and days are only counted of users. A report reads all of it.
+VERSION_3 = """
+ALTER TABLE ledger RENAME TO older;
+CREATE TABLE ledger (
+    nr INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    user ANY,
+    model ANY NOT NULL,
+    started REAL NOT NULL,
+    first_piece REAL,
+    duration REAL NOT NULL,
+    outcome TEXT NOT NULL,
+    finish_reason ANY,
+    pieces INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    estimated INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    upstream_status INTEGER,
+    upstream_request_id ANY,
+    upstream_code ANY
+) STRICT;
+INSERT INTO ledger SELECT ifnull((SELECT nr FROM answers WHERE id = older.id), -rowid), * FROM older;
+DROP TABLE older;
+CREATE INDEX ledger_of_user ON ledger (user, started, input_tokens, output_tokens) WHERE user IS NOT NULL;
+"""
 # Each makes the next version of the one before; released ones never change.
-MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2)
+MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2, VERSION_3)
 
 
 class Rows(Protocol):
