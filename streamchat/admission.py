@@ -70,7 +70,7 @@ class Admission:
         with _timed_refusals():
             id, sheet = log.admit(entry, self._limits, answer.cancellation, needed)
         if sheet is not None:
-            answer.keep(sheet)
+            answer.keep(sheet, findable=key is not None or (entry.chat is not None and entry.user is not None))
             if not sheet.admitted:
                 answer.recount()
         return id

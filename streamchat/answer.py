@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from .absence import Absence
 from .cancellation import Cancellation
 from .encoders import Encoder
 from .ending import broken, ending_of, failure_of
@@ -49,7 +50,7 @@ class Answer:
         self.tally = Tally(order.prompt.messages, order.prompt.params.get("tools") or (), keep_text=keep_text)
         self.started = self.tally.started
         self.writing_since = 0.0
-        self.alone_since = 0.0  # monotonic: when the caller left an answer that goes on
+        self.absence = Absence(settings.on_disconnect, loop, self.cancellation)
         self._sheet: Sheet | None = None
         self._error: StreamChatError | None = None
         self._goes_on = self._released = False
@@ -77,51 +78,27 @@ class Answer:
             self._conclude(Interrupted(), 0)
         self.release()
 
-    def keep(self, sheet: Sheet) -> None:
-        """From now on every event is written to the log."""
+    def keep(self, sheet: Sheet, findable: bool = True) -> None:
+        """From now on every event is written to the log. `findable`: by one who knows no id, too."""
         self._sheet, self._warned = sheet, sheet.lost
-
-    @property
-    def survives(self) -> bool:
-        """Whether the answer goes on when its caller leaves; to wait for one who reads on needs the log."""
-        policy = self._settings.on_disconnect
-        return policy == "finish" or (isinstance(policy, float) and self._sheet is not None)
+        self.absence.sheet, self.absence.findable = sheet, findable
 
     @property
     def resumable(self) -> bool:
-        return self.survives and self._sheet is not None and not self._sheet.lost
+        return self.absence.is_survived and self._sheet is not None and not self._sheet.lost
 
     def tick(self, now: float) -> None:
-        """For the sweep: an answer that waits for one who reads on does so for its time."""
-        wait = self._settings.on_disconnect
-        if self.alone_since and isinstance(wait, float) and now - self.alone_since > wait:
-            self.alone_since = now
-            self._loop.spawn(self._look_for_readers)
-
-    def _look_for_readers(self) -> None:
-        idle = self._sheet.idle() if self._sheet is not None else NEVER
-        if idle > float(self._settings.on_disconnect):
-            self.cancellation.cancel(CallerGone())
-        else:
-            self.alone_since = time.monotonic() - idle
+        """For the sweep."""
+        self.absence.tick(now)
 
     def begin(self, open_reply: Callable[[Answer], Source]) -> None:
         """Watches the caller and asks the upstream."""
-        self._live.hangups.watch(self._caller_fd, self._caller_left)
+        self._live.hangups.watch(self._caller_fd, self.absence.begin)
         self._source = self._pull.source = Opening(self._loop, lambda: open_reply(self), self.cancellation)
-
-    def _caller_left(self) -> None:
-        if self.survives:
-            self.alone_since = self.alone_since or time.monotonic()
-        else:
-            self.cancellation.cancel(CallerGone())
 
     def caller_stalled(self) -> None:
         """For the sweep: the caller has not read for too long."""
-        if self.survives:
-            self._caller_left()
-        else:
-            self.cancellation.cancel(CallerStalled())
+        self.absence.begin(CallerStalled())
         self.caller.hang_up()
 
     def stream(self) -> Iterator[bytes]:
@@ -134,7 +111,7 @@ class Answer:
         try:
             yield from self._relay()
         except GeneratorExit:
-            if self.survives and self.cancellation.error is None and self.tally.outcome is None:
+            if self.absence.is_survived and self.cancellation.error is None and self.tally.outcome is None:
                 self._leave_caller()
             else:
                 self._end(self.cancellation.error or CallerGone())
@@ -150,7 +127,7 @@ class Answer:
         """The caller is gone and the answer is to be finished: somebody else pulls from here on."""
         self._goes_on = True
         self.writing_since = 0.0
-        self.alone_since = self.alone_since or time.monotonic()
+        self.absence.begin()
         self._live.hangups.unwatch(self._caller_fd)
         self._loop.spawn(self.go_on)
 
@@ -180,6 +157,7 @@ class Answer:
             raise failure
         yield b""
         self.caller.guard()
+        self.absence.findable = True  # the headers, which tell its id, leave with the head
         try:
             yield head
             head = b""  # a caller that reads nothing would keep it
@@ -294,6 +272,6 @@ class Answer:
         if self._recorded.acquire(blocking=False):
             if self.tally.finish is None:
                 self._conclude(self._error or Interrupted(), 0)
-            if self.alone_since and not isinstance(self._error, CallerGone):
+            if self.absence.since and not isinstance(self._error, CallerGone):
                 self._live.desert()
             self._told(self._record(), self.tally.text)

@@ -113,10 +113,11 @@ LAYERS = {
     "order": Layer(3, "errors events prompt"),
     "ending": Layer(3, "envelopes errors events ledger order store"),
     "pull": Layer(3, "errors events loop opening settings tally"),
+    "absence": Layer(3, "cancellation errors loop sheet"),
     "answer": Layer(
         3,
-        "cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet store"
-        " tally",
+        "absence cancellation encoders ending errors events hangup ledger live loop opening order pull settings sheet"
+        " store tally",
     ),
     "replay": Layer(3, "cancellation encoders ending errors events hangup live log loop settings store tail"),
     "document": Layer(3, "ending events store"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from streamchat.answer import Answer
 from streamchat.extension import follow_worker
 from tests.fake_upstream import (
     FakeUpstream,
@@ -26,7 +27,7 @@ from tests.fake_upstream import (
     usage_chunk,
 )
 from tests.keeping import FaultyStore, expect_settled, get, get_bytes, keeping_shop, post
-from tests.shop import NDJSON, SSE, TEXT, Shop, call, post_bytes, read_until, serve, wait_until
+from tests.shop import NDJSON, SSE, TEXT, WHOLE, Shop, call, post_bytes, read_until, serve, wait_until
 
 ANN = "X-User: ann\r\n"
 
@@ -86,6 +87,7 @@ def gated() -> tuple[Gate, list[Step]]:
 
 
 SILENT: list[Step] = [head(), text("Hel"), Hang()]
+UNSPOKEN: list[Step] = [head(), Hang()]
 
 
 def test_under_cancel_an_answer_ends_with_its_caller(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +224,124 @@ def test_an_answer_whose_last_reader_left_is_cancelled(
         with made.read(id, getattr(made, where)) as sock:
             read_until(sock, b"Hel")
         made.end("caller_left", "cancelled", id, "Hel")
+
+
+# --- before the headers, which tell the answer's id
+
+
+KEYED: dict[str, Any] = {"accept": NDJSON, "extra": f"{ANN}Idempotency-Key: k\r\n"}
+CHAT: dict[str, Any] = {
+    "body": b'{"id": "c1", "messages": [{"role": "user", "parts": [{"type": "text", "text": "hi"}]}]}',
+    "accept": SSE,
+    "extra": ANN,
+    "url": "/api/chat",
+}
+READ_CHAT = get_bytes("/chat/c1/stream", SSE)
+
+
+def slow_gated() -> tuple[Gate, list[Step]]:
+    """An answer that waits before its first word."""
+    gate = Gate()
+    return gate, [head(), gate, text("Hello"), finish(), usage_chunk(19, 10), done(), last_chunk()]
+
+
+def leave_unanswered(made: Scene, upstream: FakeUpstream, request: bytes) -> None:
+    """A caller that leaves once the model has been asked: nothing has been sent to it."""
+    with call(made.port, request):
+        upstream.wait_for_requests(1)
+
+
+def expect_alone(made: Scene) -> None:
+    """The caller was seen to leave, and the answer goes on."""
+    running = made.here.mounts[0].process.live._running
+
+    def is_alone() -> bool:
+        return any(isinstance(each, Answer) and each.absence.since for each in list(running))
+
+    wait_until(is_alone, "nobody saw the caller leave")
+
+
+def expect_stopped(made: Scene, upstream: FakeUpstream, text: str = "") -> None:
+    upstream.requests[0].wait_left(2)
+    (record,) = made.here.wait_records()
+    made.end("caller_left", "cancelled", record.id, text)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"accept": each, "extra": ANN} for each in (NDJSON, SSE, TEXT)] + [CHAT | {"extra": ""}]
+)
+def test_a_caller_that_left_without_an_id_is_not_waited_for(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    upstream.script = UNSPOKEN
+    with scene(monkeypatch, 30.0, status_hold=30, public=not asked["extra"]) as made:
+        leave_unanswered(made, upstream, post_bytes(**asked))
+        expect_stopped(made, upstream)
+
+
+def test_a_caller_of_a_whole_answer_has_its_id_only_with_the_end(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.script = SILENT
+    with scene(monkeypatch, 30.0) as made:
+        log = made.here.mounts[0].process.log
+        assert log is not None
+        with call(made.port, post_bytes(accept=WHOLE, extra=ANN)):
+            wait_until(lambda: any(made.object(id)["text"] == "Hel" for id in list(log.running)), "it is not kept")
+        expect_stopped(made, upstream, "Hel")
+
+
+@pytest.mark.parametrize(("asked", "again"), [(KEYED, post_bytes(**KEYED)), (CHAT, READ_CHAT)], ids=["key", "chat"])
+@pytest.mark.parametrize("where", ["port", "other"])
+def test_a_caller_that_can_find_its_answer_without_an_id_finds_it_running(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], again: bytes, where: str
+) -> None:
+    gate, upstream.script = slow_gated()
+    with scene(monkeypatch, 30.0) as made:
+        leave_unanswered(made, upstream, post_bytes(**asked))
+        expect_alone(made)
+        with call(getattr(made, where), again) as sock:
+            time.sleep(0.5)  # what is not waited for is stopped by then
+            gate.open()
+            assert b"Hello" in read_until(sock, b"0\r\n\r\n")
+        (record,) = made.here.wait_records()
+        made.end("completed", "completed", record.id, "Hello")
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["port", "other"])
+def test_an_answer_that_others_read_by_an_id_of_the_shops_goes_on_without_its_caller(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    gate, upstream.script = slow_gated()
+    with scene(monkeypatch, 30.0, status_hold=30, make_id=lambda: "resp_of_shop") as made:
+        caller = call(made.port, post_bytes(accept=NDJSON, extra=ANN))
+        upstream.wait_for_requests(1)
+        with caller, made.read("resp_of_shop", getattr(made, where)) as reader:
+            wait_until(lambda: reads_along(made, where), "nobody is seen to read")
+            caller.close()
+            expect_alone(made)
+            time.sleep(0.5)  # what is not waited for is stopped by then
+            gate.open()
+            assert b"Hello" in read_until(reader, b"0\r\n\r\n")
+        made.end("completed", "completed", "resp_of_shop", "Hello")
+
+
+def reads_along(made: Scene, where: str) -> bool:
+    log = made.here.mounts[0].process.log
+    assert log is not None
+    here = any(sheet.readers for sheet in log.running.values())
+    return here if where == "port" else made.store.memory.unattended("resp_of_shop") < 1
+
+
+def test_under_finish_an_answer_needs_nobody_who_could_find_it(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, upstream.script = slow_gated()
+    with scene(monkeypatch, "finish", status_hold=30) as made:
+        leave_unanswered(made, upstream, post_bytes(accept=NDJSON, extra=ANN))
+        expect_alone(made)
+        gate.open()
+        (record,) = made.here.wait_records()
+        made.end("completed", "completed", record.id, "Hello")

@@ -222,7 +222,7 @@ def test_an_answer_that_goes_on_without_its_caller_is_a_hangup_too(upstream: Fak
         with call(port, post_bytes()) as caller:
             read_until(caller, b"Hel")
         live = shop.mounts[0].process.live
-        wait_until(lambda: any(answer.alone_since for answer in live._running), "nobody saw the caller leave")  # type: ignore[attr-defined]
+        wait_until(lambda: any(answer.absence.since for answer in live._running), "nobody saw the caller leave")  # type: ignore[attr-defined]
         gate.open()
         shop.the_record()
         told = scraped(shop.app)

@@ -85,10 +85,8 @@ export async function* stream(url, {headers, credentials = "same-origin", signal
   const shared = {credentials, signal, cache: "no-store", headers: asked};
   /** @type {RequestInit} */
   let request = {
-    ...shared,
-    method: "POST",
+    ...shared, method: "POST", body: JSON.stringify(question),
     headers: {"Content-Type": "application/json", ...asked},
-    body: JSON.stringify(question),
   };
   let [address, base, kept, id, seq, attempt] = [url, "", false, "", -1, 0];
   try {
@@ -97,6 +95,7 @@ export async function* stream(url, {headers, credentials = "same-origin", signal
         const response = await open(address, request);
         base ||= response.url;
         kept ||= response.headers.get("X-Stream-Resumable") === "?1";
+        id ||= response.headers.get("X-Response-Id") ?? "";
         for await (const event of eventsOf(response)) {
           if (event.type === "start") id = event.id;
           if ("seq" in event) seq = event.seq;

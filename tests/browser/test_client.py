@@ -247,3 +247,36 @@ def test_a_kept_answer_is_stopped_by_a_word(api: Api) -> None:
     api.ask([*streamed(ndjson([START, *TEXTS]), **KEPT), Hang()], cancelled, abort_after=2)
     api.server.wait_for(lambda: len(api.asked) == 2)
     assert (api.asked[1].method, api.asked[1].path) == ("POST", "/api/responses/resp_1/cancel")
+
+
+ABORT = """async (onHeaders) => {
+  const {stream} = await import("/streamchat.js");
+  const [stopping, {fetch}] = [new AbortController(), window];
+  window.fetch = async (...asked) => {
+    const response = await fetch(...asked);
+    if (onHeaders) stopping.abort();
+    return response;
+  };
+  if (!onHeaders) setTimeout(() => stopping.abort(), 100);
+  return stream("/api/get-response", {message: "Hello?", signal: stopping.signal}).next().catch((error) => error.name);
+}"""
+
+
+def test_a_kept_answer_of_which_only_the_headers_have_come_is_stopped_by_a_word(api: Api) -> None:
+    api.answers.extend([[*streamed(**KEPT), Hang()], refusal(200, "{}", "application/json")])
+    assert api.page.evaluate(ABORT, True) == "AbortError"
+    api.server.wait_for(lambda: len(api.asked) == 2)
+    assert api.asked[1].path == "/api/responses/resp_1/cancel"
+
+
+def test_before_the_headers_the_signal_closes_the_connection(api: Api) -> None:
+    api.answers.append(Hang())
+    assert api.page.evaluate(ABORT, False) == "AbortError"
+    api.asked[0].wait_left()
+    assert len(api.asked) == 1
+
+
+def test_an_answer_that_broke_off_after_its_headers_is_taken_up_from_its_start(api: Api) -> None:
+    rest = [*streamed(ndjson(WHOLE)), last_chunk()]
+    assert api.ask([*streamed(**KEPT), last_chunk()], rest) == {"events": WHOLE}
+    assert api.asked[1].path == "/api/responses/resp_1/stream?after=-1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import ask
 from tests.browser.cutter import Cutter
 from tests.browser.test_page import button, expect_state, gated, log
-from tests.fake_upstream import FakeUpstream, stamped
+from tests.fake_upstream import FakeUpstream, Hang, head, stamped, text
 from tests.live.servers import Server, gunicorn, wait_for
 
 READ = """async (url) => {
@@ -46,6 +47,16 @@ def keeper(upstream_server: FakeUpstream, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("keeper")
     log = f"sqlite:///{folder}/log.db"
     with gunicorn(upstream_server.base_url, folder, store_url=log, on_disconnect="finish", max_retries="0") as running:
+        yield running
+        assert "Traceback" not in running.log and "ERROR" not in running.log
+
+
+@pytest.fixture(scope="module")
+def waiter(upstream_server: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Keeps every answer, and waits for a caller's return, as ./serve does."""
+    folder = tmp_path_factory.mktemp("waiter")
+    log = f"sqlite:///{folder}/log.db"
+    with gunicorn(upstream_server.base_url, folder, store_url=log, on_disconnect="20", max_retries="0") as running:
         yield running
         assert "Traceback" not in running.log and "ERROR" not in running.log
 
@@ -127,6 +138,42 @@ def test_stop_ends_a_kept_answer_at_the_model(
     expect_state(kept, "stopped")
     id = response.value.headers["x-response-id"]
     wait_for(lambda: status_of(keeper, id) == "cancelled", what="the cancelled answer")
+
+
+@pytest.mark.parametrize("by", ["stop", "reload"])
+def test_who_leaves_before_the_headers_ends_the_call_to_the_model_though_answers_are_kept(
+    page: Page, waiter: Server, upstream: FakeUpstream, by: str
+) -> None:
+    upstream.script = [head(), Hang()]
+    page.goto(waiter.url)
+    responses: list[str] = []
+    page.on("response", lambda response: responses.append(response.url))
+    ask(page)
+    request = upstream.wait_for_requests(1)[0]
+    before = time.monotonic()
+    button(page, "Stop").click() if by == "stop" else page.reload()
+    assert request.wait_left(2) - before < 1
+    assert not [url for url in responses if url.endswith("/get-response")]
+    if by == "stop":
+        expect_state(page, "stopped")
+        expect(page.locator(".answer .words")).to_have_text("Stopped")
+    wait_for(lambda: [each["outcome"] for each in waiter.records()][-1:] == ["caller_left"], what="the record")
+
+
+def test_a_kept_answer_whose_reader_reloads_after_the_headers_waits_for_its_return(
+    page: Page, waiter: Server, upstream: FakeUpstream
+) -> None:
+    upstream.script = [head(), text("Hello"), Hang()]
+    page.goto(waiter.url)
+    with page.expect_response("**/get-response") as response:
+        ask(page)
+    expect(log(page)).to_contain_text("Hello")
+    page.reload()
+    id = response.value.headers["x-response-id"]
+    with pytest.raises(AssertionError, match="has not left"):
+        upstream.requests[0].wait_left(1)
+    page.evaluate(f"fetch('/api/responses/{id}/cancel', {{method: 'POST'}})")
+    upstream.requests[0].wait_left(1)
 
 
 def test_a_reload_leaves_the_answer_to_be_finished_and_the_page_usable(
