@@ -66,7 +66,7 @@ class Admission:
             return log.lease.ask(lambda owner: log.store.admit(replace(entry, owner=owner), self._limits))
 
     def _admitted(self, log: Log, answer: Answer, asked: ChatRequest, key: str | None, needed: bool) -> str:
-        entry = self._entry(answer.order, asked, key)
+        entry = self._entry(answer.order, asked, key, log.lease.owner or "")
         with _timed_refusals():
             id, sheet = log.admit(entry, self._limits, answer.cancellation, needed)
         if sheet is not None:
@@ -75,11 +75,11 @@ class Admission:
                 answer.recount()
         return id
 
-    def _entry(self, order: Order, asked: ChatRequest, key: str | None) -> Entry:
-        """Whose it is to be is the log's to say."""
+    def _entry(self, order: Order, asked: ChatRequest, key: str | None, owner: str = "") -> Entry:
+        """Whose it is to be is the log's to say in the end."""
         entry = Entry(
             order.id,
-            "",
+            owner,
             order.user,
             order.prompt.model,
             order.created_at,

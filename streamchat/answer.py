@@ -53,6 +53,7 @@ class Answer:
         self.absence = Absence(settings.on_disconnect, loop, self.cancellation)
         self._sheet: Sheet | None = None
         self._error: StreamChatError | None = None
+        self._kept: Record | None = None  # by the log: what is told elsewhere is the same
         self._goes_on = self._released = False
         self._warned = False  # that the answer cannot be resumed; or nobody was told that it could
         self._settings, self._encoder, self._live, self._loop = settings, encoder, live, loop
@@ -246,7 +247,8 @@ class Answer:
         return failure
 
     def _ending(self, last: Finish | Failure) -> Ending:
-        return ending_of(self._record(), last, self.order, self.tally.text)
+        self._kept = self._record()
+        return ending_of(self._kept, last, self.order, self.tally.text)
 
     def _record(self) -> Record:
         return self.tally.record(self.order.id, self.order.user, self.order.prompt.model)
@@ -274,4 +276,4 @@ class Answer:
                 self._conclude(self._error or Interrupted(), 0)
             if self.absence.since and not isinstance(self._error, CallerGone):
                 self._live.desert()
-            self._told(self._record(), self.tally.text)
+            self._told(self._kept or self._record(), self.tally.text)

@@ -24,7 +24,7 @@ from .tail import Tail, Tails
 
 logger = logging.getLogger("streamchat")
 
-GATHER = 0.05  # seconds: half of what the log may be behind the caller
+GATHER = 0.075  # seconds: with the time of a write, below the 100 ms that the log may be behind the caller
 AGAIN = 0.1  # seconds until the store is asked again after it failed
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction
@@ -59,7 +59,7 @@ class Log:
 
     def adopt(self, entry: Entry, cancellation: Cancellation) -> Sheet:
         """The sheet of an answer that this process claimed."""
-        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop.lock())
+        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop)
         sheet.alone = True
         self.running[entry.id] = sheet
         if self.lease.owner != entry.owner:
@@ -81,8 +81,8 @@ class Log:
         self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool
     ) -> tuple[str, Sheet | None]:
         owner = self.lease.held()
-        asked = replace(entry, owner=owner)
-        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended, self._loop.lock())
+        asked = entry if entry.owner == owner else replace(entry, owner=owner)
+        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended, self._loop)
         sheet.admitted = False
         self.running[asked.id] = sheet  # now: once the store knows the answer, somebody may cancel it
         try:

@@ -65,6 +65,7 @@ class Mount:
             with self._lock:
                 if self._process is None or self._process.pid != os.getpid():
                     self._process = Process(self.settings, self.hooks, self.name, self._figures)
+                    self.admission = Admission(self.settings, self._process.log)
                 process = self._process
         return process
 
@@ -140,10 +141,6 @@ class Mount:
             self._told,
             keep_text=with_text or self.hooks.on_finish is not None or self.settings.tracing_text,
         )
-
-    @property
-    def admission(self) -> Admission:
-        return Admission(self.settings, self.process.log)
 
     def begin(self, answer: Answer, client: Any) -> None:
         """Tells the app, and asks the upstream."""

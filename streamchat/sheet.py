@@ -5,14 +5,13 @@ Only the answer's producer appends, only the log's writer takes and confirms.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 from .cancellation import Cancellation
 from .errors import StoreDown
 from .events import Event, Failure, Finish, Text
+from .loop import Loop
 from .store import Batch, Ending, pack
 
 FULL = 32_768  # bytes: written at once
@@ -41,7 +40,7 @@ class Sheet:
         cancellation: Cancellation,
         note: Note,
         unattended: Callable[[str], float],
-        lock: AbstractContextManager[object],
+        loop: Loop,
     ) -> None:
         self.id = id
         self.owner = owner
@@ -57,7 +56,7 @@ class Sheet:
         self.readers: list[Tell] = []
         self._note = note
         self._unattended = unattended
-        self._lock = lock  # threads append and take at once
+        self._lock = loop.lock()  # threads append and take at once
         self._waiting: list[Event] = []
         self._taken: list[Event] = []
         self._size = 0
@@ -66,7 +65,7 @@ class Sheet:
         self._taken_since = 0.0
         self._end_is_told = False
         self._read_at = 0.0  # monotonic: when the last reader of this process left
-        self._written = threading.Event()
+        self._written = loop.bell()  # rung once `over`
 
     @property
     def waits(self) -> bool:
@@ -90,13 +89,16 @@ class Sheet:
         """
         seq = self._add((event,), ending)
         if hold:
-            self._written.wait(hold)
+            self.wait(hold)
         self._end_is_told = True
         self._tell(seq, (event,))
 
     def wait(self, seconds: float) -> bool:
         """For the final state to be written. False: it is not yet."""
-        return self._written.wait(seconds)
+        until = time.monotonic() + seconds
+        while not self.over and self._written.wait(until):
+            pass
+        return self.over
 
     def _add(self, events: Sequence[Event], ending: Ending | None) -> int:
         change = 0
@@ -123,7 +125,7 @@ class Sheet:
 
     def trouble(self) -> str:
         """What the caller is to be told of the log; "" where all is well."""
-        if self.ending is not None and not self._written.is_set():
+        if self.ending is not None and not self.over:
             return "The log does not have the end of this answer yet."
         return "This answer can no longer be resumed: the log does not keep up." if self.lost else ""
 
@@ -152,7 +154,7 @@ class Sheet:
             self.batch, self._taken, self._taken_since = None, [], 0.0
             self.over = self.over or self.ends_with_batch
         if self.over:
-            self._written.set()
+            self._written.ring()
         return size
 
     def give_up(self) -> int:

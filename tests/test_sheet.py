@@ -12,6 +12,7 @@ from streamchat import sheet as module
 from streamchat.cancellation import Cancellation
 from streamchat.errors import StoreDown
 from streamchat.events import Event, Finish, Start, Text, ToolCall
+from streamchat.loop import ThreadLoop
 from streamchat.sheet import AN_EVENT, FULL, Sheet
 from streamchat.store import Batch, Ending, unpack
 from tests.store_contract import ending, entry
@@ -25,7 +26,7 @@ class Desk:
     def __init__(self, unattended: Callable[[str], float] = lambda _: float("inf")) -> None:
         self.size = 0
         self.urgent = False
-        self.sheet = Sheet("resp_1", "owner", Cancellation(), self._note, unattended, threading.RLock())
+        self.sheet = Sheet("resp_1", "owner", Cancellation(), self._note, unattended, ThreadLoop())
 
     def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
         self.size += size
