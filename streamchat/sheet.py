@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 
 from .cancellation import Cancellation
 from .errors import StoreDown
-from .events import Event, Failure, Finish, Text
+from .events import Event, Failure, Finish
 from .loop import Loop
-from .store import Batch, Ending, pack
+from .store import Batch, Ending, joined, packed, unpack
 
 FULL = 32_768  # bytes: written at once
 MOST = 1 << 20  # bytes that wait; above it the answer is given up
 OLDEST = 5.0  # seconds that an event may wait for the store
-AN_EVENT = 64  # bytes that an event takes beside its text
-WIDE = 6  # bytes of a character that is not ASCII: it is packed as an escape
 HOLD = 0.05  # seconds that the end of an answer waits for the log
 REMOTE = 2.0  # seconds: other processes say once a second who is read there, busy ones later
 
@@ -57,8 +55,8 @@ class Sheet:
         self._note = note
         self._unattended = unattended
         self._lock = loop.lock()  # threads append and take at once
-        self._waiting: list[Event] = []
-        self._taken: list[Event] = []
+        self._waiting: list[str] = []  # packed at once: later, its events would have to be fetched from far memory
+        self._first = 0  # seq of the first that waits
         self._size = 0
         self._taken_size = 0
         self._since = 0.0  # monotonic: when the oldest of what waits came; 0.0 where nothing does
@@ -106,10 +104,10 @@ class Sheet:
             seq, self.next = self.next, self.next + len(events)
             self.ending = ending or self.ending
             if not self.lost:
-                change = _size(events)
-                now = time.monotonic()
+                part, now = packed(events), time.monotonic()
+                change = len(part)
                 self._size += change
-                self._waiting.extend(events)
+                self._waiting.append(part)
                 self._since = self._since or now
                 if self._size + self._taken_size > MOST or self.is_late(now):
                     change -= self._give_up()
@@ -132,26 +130,20 @@ class Sheet:
     def take(self) -> int:
         """Makes a batch of what waits, unless one is on its way; its size."""
         with self._lock:
-            if self.batch is not None:
-                return self._taken_size
-            taken, self._waiting = self._waiting, []
-            first = self.next - len(taken)
-            self._taken, self._taken_size, self._size = taken, self._size, 0
-            self._taken_since, self._since = self._since, 0.0
-            self.ends_with_batch = self.ending is not None
-            size = self._taken_size
-        if taken:
-            batch = Batch(self.id, first, len(taken), pack(taken))
-            with self._lock:
-                if self._taken is taken:  # it was not given up meanwhile
-                    self.batch = batch
-        return size
+            if self.batch is None:
+                if self._waiting:
+                    self.batch = Batch(self.id, self._first, self.next - self._first, joined(self._waiting))
+                self._waiting, self._first = [], self.next
+                self._taken_size, self._size = self._size, 0
+                self._taken_since, self._since = self._since, 0.0
+                self.ends_with_batch = self.ending is not None
+            return self._taken_size
 
     def confirm(self) -> int:
         """The store has what was taken; its size."""
         with self._lock:
             size, self._taken_size = self._taken_size, 0
-            self.batch, self._taken, self._taken_since = None, [], 0.0
+            self.batch, self._taken_since = None, 0.0
             self.over = self.over or self.ends_with_batch
         if self.over:
             self._written.ring()
@@ -165,7 +157,7 @@ class Sheet:
     def _give_up(self) -> int:
         size = self._size + self._taken_size
         self.lost = True
-        self.batch, self._taken, self._waiting = None, [], []
+        self.batch, self._waiting = None, []
         self._size, self._taken_size, self._since, self._taken_since = 0, 0, 0.0, 0.0
         return size
 
@@ -187,20 +179,7 @@ class Sheet:
     def unwritten(self) -> list[tuple[int, Event]]:
         """What the store may not have yet, by seq; the end only once it may be told."""
         with self._lock:
-            events, after = [*self._taken, *self._waiting], self.next
-        told = list(enumerate(events, after - len(events)))
+            events = unpack(self.batch.payload) if self.batch is not None else []
+            events += unpack(joined(self._waiting))
+            told = list(enumerate(events, self.next - len(events)))
         return told if self._end_is_told or self.ending is None else told[:-1]
-
-
-def _size(events: Sequence[Event]) -> int:
-    size = AN_EVENT * len(events)
-    for event in events:
-        text = event.text if type(event) is Text and event.logprobs is None else _long_parts(event)
-        size += len(text) if text.isascii() else WIDE * len(text)
-    return size
-
-
-def _long_parts(event: Event) -> str:
-    text = getattr(event, "text", "") or getattr(event, "arguments", "")
-    logprobs = getattr(event, "logprobs", None)
-    return text if logprobs is None else f"{text}{logprobs}"

@@ -28,17 +28,26 @@ _quoted = json.encoder.encode_basestring_ascii
 
 def pack(events: Sequence[Event]) -> bytes:
     """Events as one JSON array of arrays: the type, then the fields in their order."""
-    packed = [
+    return joined([packed(events)])
+
+
+def packed(events: Sequence[Event]) -> str:
+    """A part of what `joined` makes one of: ASCII."""
+    parts = [
         # Nearly every event is a piece of the first choice's text: a third of the time of writing went into `_dumps`.
         f'["text",{_quoted(event.text)}]'
         if type(event) is Text and not event.choice and event.logprobs is None
-        else PACKERS.get(type(event), _packed)(event)
+        else PACKERS.get(type(event), _other)(event)
         for event in events
     ]
-    return f"[{','.join(packed)}]".encode("ascii")
+    return ",".join(parts)
 
 
-def _packed(event: Any) -> str:
+def joined(parts: Sequence[str]) -> bytes:
+    return f"[{','.join(parts)}]".encode("ascii")
+
+
+def _other(event: Any) -> str:
     return _dumps([event.type, *_values(event)])
 
 
