@@ -84,8 +84,8 @@ class Answer:
     @property
     def survives(self) -> bool:
         """Whether the answer goes on when its caller leaves; to wait for one who reads on needs the log."""
-        policy = self._settings.on_disconnect
-        return policy == "finish" or (isinstance(policy, float) and self._sheet is not None)
+        policy, sheet = self._settings.on_disconnect, self._sheet
+        return policy == "finish" or (isinstance(policy, float) and sheet is not None and sheet.can_be_read)
 
     @property
     def resumable(self) -> bool:

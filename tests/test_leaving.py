@@ -222,3 +222,51 @@ def test_an_answer_whose_last_reader_left_is_cancelled(
         with made.read(id, getattr(made, where)) as sock:
             read_until(sock, b"Hel")
         made.end("caller_left", "cancelled", id, "Hel")
+
+
+def without_log(made: Scene, id: str) -> None:
+    """The store takes nothing, and says nothing, until the answer is given up."""
+    made.store.fall("write", "unattended")
+    log = made.here.mounts[0].process.log
+    assert log is not None
+    wait_until(lambda: log.running[id].lost, "it is not given up")
+
+
+def test_a_caller_who_leaves_what_nobody_can_read_on_ends_it_at_once(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamchat.sheet.OLDEST", 0.1)
+    gate = Gate()
+    upstream.script = [head(), text("Hel"), gate, text("lo"), Hang()]
+    with scene(monkeypatch, 60) as made:
+        with call(made.port, post_bytes(accept=NDJSON, extra=ANN)) as sock:
+            read_until(sock, b"Hel")
+            log = made.here.mounts[0].process.log
+            assert log is not None
+            (id,) = log.running
+            wait_until(lambda: made.store.memory.read(id, -1), "it is not kept")
+            made.store.fall("write")
+            gate.open()
+            read_until(sock, b'"lo"')
+            without_log(made, id)
+        (record,) = made.here.wait_records(1, 5)
+        assert record.outcome == "caller_left"
+        upstream.requests[0].wait_left()
+        made.store.rise()
+
+
+def test_an_answer_that_is_given_up_while_it_waits_for_its_caller_waits_no_longer_than_its_time(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamchat.sheet.OLDEST", 0.1)
+    gate = Gate()
+    upstream.script = [head(), text("Hel"), gate, text("lo"), Hang()]
+    with scene(monkeypatch, 1.0) as made:
+        id = made.leave()
+        made.store.fall("write", "unattended")
+        gate.open()
+        without_log(made, id)
+        (record,) = made.here.wait_records(1, 5)
+        assert record.outcome == "caller_left"
+        upstream.requests[0].wait_left()
+        made.store.rise()
