@@ -177,8 +177,8 @@ def test_a_key_holds_on_every_route_that_asks(
         assert (first.status_code, again.status_code) == (200, 200)
         assert again.data == first.data
         assert [each.headers.get("Idempotency-Replayed") for each in (first, again)] == [None, "true"]
-        other = client.post(f"/api/{path}", json=body | {"messages": UI_BODY["messages"] * 3}, headers=headers)
-        assert other.status_code in (400, 422)
+        another = json.loads(json.dumps(body).replace('"hi"', '"ho"'))
+        assert client.post(f"/api/{path}", json=another, headers=headers).status_code == 422
     assert len(upstream.requests) == 1
 
 
