@@ -270,3 +270,24 @@ def test_an_answer_that_is_given_up_while_it_waits_for_its_caller_waits_no_longe
         assert record.outcome == "caller_left"
         upstream.requests[0].wait_left()
         made.store.rise()
+
+
+@pytest.mark.parametrize(("policy", "end"), [("cancel", '"code":"cancelled"'), ("finish", '"finish_reason":"stop"')])
+def test_who_left_and_asks_again_under_the_same_key_gets_what_became_of_the_answer(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, policy: str, end: str
+) -> None:
+    gate, upstream.script = gated()
+    with scene(monkeypatch, policy) as made:
+        request = post_bytes(accept=NDJSON, extra=f"{ANN}Idempotency-Key: k\r\n")
+        with call(made.port, request) as sock:
+            read_until(sock, b"Hel")
+        if policy == "cancel":
+            upstream.requests[0].wait_left()
+        gate.open()
+        made.here.wait_records(1, 10)
+        expect_settled(made.store)
+        with call(made.other, request) as sock:
+            told = read_until(sock, b"0\r\n\r\n")
+        assert b"Idempotency-Replayed: true" in told
+        assert b'"text":"Hel"' in told and end.encode() in told
+    assert len(upstream.requests) == 1
