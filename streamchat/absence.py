@@ -25,7 +25,9 @@ class Absence:
     @property
     def is_survived(self) -> bool:
         """Whether the answer goes on when its caller leaves; to wait for one who reads on needs the log."""
-        return self._policy == "finish" or (isinstance(self._policy, float) and self.sheet is not None)
+        return self._policy == "finish" or (
+            isinstance(self._policy, float) and self.sheet is not None and self.sheet.can_be_read
+        )
 
     def begin(self, error: StreamChatError | None = None) -> None:
         """The caller has left; `error` is why an answer ends that does not go on. Idempotent, and does not wait.

@@ -53,7 +53,7 @@ def accept(mount: Mount, id: str, user: str | None, asked: ChatRequest, locale: 
             mount.process.loop.spawn(lambda: _take_back(mount, log, id))
         raise
     if admitted != id:
-        return mount.find(admitted, user)
+        return mount.find_by_key(admitted, user)
     mount.carry(id)
     # As it was admitted: to ask the store again could fail, and who is told of a failure asks once more.
     return Kept(id, user, asked.chat, order.prompt.model, order.created_at, "queued", "", 0)

@@ -179,6 +179,18 @@ class Mount:
             raise NotFound
         return kept
 
+    def find_by_key(self, id: str, user: str | None) -> Kept:
+        """The answer that an Idempotency-Key got before. The key outlives it where it is forgotten within a day.
+
+        Raises as `find` does, and says then what to do about it.
+        """
+        try:
+            return self.find(id, user)
+        except NotFound:
+            raise NotFound(
+                "The answer to this Idempotency-Key is no longer kept. Send a new key to ask again."
+            ) from None
+
     def latest(self, user: str | None, chat: str) -> Kept | None:
         """The newest answer of a user's chat. The chat's id is the client's: without a user it is nobody's."""
         log = self.process.log

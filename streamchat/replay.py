@@ -23,6 +23,7 @@ from .tail import Tail
 
 SLICE = 65_536  # bytes of one write
 MANY = 500  # events that are told before others have their turn
+BREATH = 0.0001  # seconds
 LOOK = 5.0  # seconds of silence after which the store is asked whether the answer has ended
 
 News = list[tuple[int, Event]]
@@ -139,10 +140,10 @@ class Replay:
                         yield pending
                     raise error_of(event)
                 pending += self._encoder.encode(seq, event)
-                if len(pending) >= SLICE:
-                    yield pending
-                    pending = b""
-                    time.sleep(0)  # a long answer leaves others their turn
+                while len(pending) >= SLICE:
+                    yield pending[:SLICE]
+                    pending = pending[SLICE:]
+                    _give_way()
             if pending:
                 yield pending
                 pending = b""
@@ -205,6 +206,7 @@ class Replay:
             if told and (len(told) >= MANY or beyond):
                 yield told
                 told = []
+                _give_way()  # many small events are no slice, and take as long
             if beyond:
                 raise Gap
         if told:
@@ -246,6 +248,11 @@ class Replay:
     def close(self, error: StreamChatError | None = None) -> None:
         self.cancellation.cancel(error or Interrupted())
         self.release()
+
+
+def _give_way() -> None:
+    """A long answer leaves others their turn. gevent polls no socket in a sleep of 0, up to 50 times in a row."""
+    time.sleep(BREATH)
 
 
 def _unpacked(batch: Batch) -> News:

@@ -70,6 +70,11 @@ class Sheet:
         """Whether there is something that the writer has not taken."""
         return bool(self._waiting) or (self.ending is not None and not self.over)
 
+    @property
+    def can_be_read(self) -> bool:
+        """Whether anybody reads along, or may still come to."""
+        return not self.lost or bool(self.readers)
+
     def is_late(self, now: float) -> bool:
         """Whether the oldest of what the store does not have has waited too long for it."""
         since = self._taken_since or self._since
@@ -167,9 +172,11 @@ class Sheet:
         self._read_at = time.monotonic()
 
     def idle(self) -> float:
-        """Seconds since anybody read along, in this process or another; infinity where nobody ever did."""
+        """Seconds since anybody read along, in this process or another; infinity where nobody did, or will any more."""
         if self.readers:
             return 0.0
+        if not self.can_be_read:
+            return float("inf")
         here = time.monotonic() - self._read_at if self._read_at else float("inf")
         try:
             return min(here, max(0.0, self._unattended(self.id) - REMOTE))

@@ -132,7 +132,7 @@ def _answered(mount: Mount, answer_id: str, dialect: Dialect) -> Response:
     caller = Caller.from_environ(request.environ)
     answer = mount.answer(answer_id, user, asked, encoder, caller, locale, key)
     if isinstance(answer, str):
-        return replayed(mount, mount.find(answer, user), -1, encoder, {"Idempotency-Replayed": "true"})
+        return replayed(mount, mount.find_by_key(answer, user), -1, encoder, {"Idempotency-Replayed": "true"})
     request.environ[ANSWER] = answer
     return streamed(answer, encoder, RESUMABLE if answer.resumable and not encoder.whole else {})
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from werkzeug.test import TestResponse
 
 from streamchat import ChatRequest
 from tests.fake_upstream import (
@@ -122,6 +123,63 @@ def test_a_key_has_1_to_255_characters(shop: Shop, store: FaultyStore, key: str,
     if status == 400:
         store.fall()
         assert code(ask(shop, Idempotency_Key=key)) == (400, "invalid_request")
+
+
+def test_a_key_whose_answer_is_forgotten_is_refused_in_words_of_its_own(
+    upstream: FakeUpstream, shop: Shop, store: FaultyStore
+) -> None:
+    ask(shop, Idempotency_Key="k")
+    expect_settled(store)
+    assert store.memory.prune(-1, 0, 0) == 1
+    again = ask(shop, Idempotency_Key="k")
+    assert code(again) == (404, "not_found")
+    assert b"The answer to this Idempotency-Key is no longer kept. Send a new key to ask again." in again.data
+    assert len(upstream.requests) == 1
+
+
+def test_duplicates_that_wait_all_hear_that_the_first_failed(upstream: FakeUpstream, shop: Shop) -> None:
+    gate = Gate()
+    upstream.script = [gate, *error(400)]
+    formats = [WHOLE, TEXT, NDJSON, SSE]
+    told: list[TestResponse] = []
+
+    def ask_once(accept: str) -> None:
+        told.append(ask(shop, accept=accept, Idempotency_Key="k"))
+
+    callers = [threading.Thread(target=ask_once, args=(accept,)) for accept in formats]
+    for caller in callers:
+        caller.start()
+    upstream.wait_for_requests(1)
+    gate.open()
+    for caller in callers:
+        caller.join(10)
+    assert len(told) == len(formats)
+    assert all(b'"upstream_rejected"' in each.data for each in told)
+    assert {each.status_code for each in told} <= {200, 502}  # 200: one that was told of the start before
+    assert all(b'"type":"error"' in each.data for each in told if each.status_code == 200)
+    assert len(upstream.requests) == 1
+
+
+UI_BODY = {"id": "c1", "messages": [{"id": "m", "role": "user", "parts": [{"type": "text", "text": "hi"}]}]}
+OPENAI_BODY = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat", UI_BODY), ("v1/chat/completions", OPENAI_BODY), ("v1/chat/completions", OPENAI_BODY | {"stream": True})],
+)
+def test_a_key_holds_on_every_route_that_asks(
+    upstream: FakeUpstream, store: FaultyStore, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    with keeping_shop(monkeypatch, store, gateway=True) as shop:
+        client, headers = shop.app.test_client(), {"X-User": "ann", "Idempotency-Key": "k"}
+        first, again = (client.post(f"/api/{path}", json=body, headers=headers, buffered=True) for _ in range(2))
+        assert (first.status_code, again.status_code) == (200, 200)
+        assert again.data == first.data
+        assert [each.headers.get("Idempotency-Replayed") for each in (first, again)] == [None, "true"]
+        another = json.loads(json.dumps(body).replace('"hi"', '"ho"'))
+        assert client.post(f"/api/{path}", json=another, headers=headers).status_code == 422
+    assert len(upstream.requests) == 1
 
 
 def test_without_a_store_a_key_is_refused_and_names_the_setting(upstream: FakeUpstream) -> None:

@@ -345,3 +345,71 @@ def test_under_finish_an_answer_needs_nobody_who_could_find_it(
         gate.open()
         (record,) = made.here.wait_records()
         made.end("completed", "completed", record.id, "Hello")
+
+def without_log(made: Scene, id: str) -> None:
+    """The store takes nothing, and says nothing, until the answer is given up."""
+    made.store.fall("write", "unattended")
+    log = made.here.mounts[0].process.log
+    assert log is not None
+    wait_until(lambda: log.running[id].lost, "it is not given up")
+
+
+def test_a_caller_who_leaves_what_nobody_can_read_on_ends_it_at_once(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamchat.sheet.OLDEST", 0.1)
+    gate = Gate()
+    upstream.script = [head(), text("Hel"), gate, text("lo"), Hang()]
+    with scene(monkeypatch, 60) as made:
+        with call(made.port, post_bytes(accept=NDJSON, extra=ANN)) as sock:
+            read_until(sock, b"Hel")
+            log = made.here.mounts[0].process.log
+            assert log is not None
+            (id,) = log.running
+            wait_until(lambda: made.store.memory.read(id, -1), "it is not kept")
+            made.store.fall("write")
+            gate.open()
+            read_until(sock, b'"lo"')
+            without_log(made, id)
+        (record,) = made.here.wait_records(1, 5)
+        assert record.outcome == "caller_left"
+        upstream.requests[0].wait_left()
+        made.store.rise()
+
+
+def test_an_answer_that_is_given_up_while_it_waits_for_its_caller_waits_no_longer_than_its_time(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamchat.sheet.OLDEST", 0.1)
+    gate = Gate()
+    upstream.script = [head(), text("Hel"), gate, text("lo"), Hang()]
+    with scene(monkeypatch, 1.0) as made:
+        id = made.leave()
+        made.store.fall("write", "unattended")
+        gate.open()
+        without_log(made, id)
+        (record,) = made.here.wait_records(1, 5)
+        assert record.outcome == "caller_left"
+        upstream.requests[0].wait_left()
+        made.store.rise()
+
+
+@pytest.mark.parametrize(("policy", "end"), [("cancel", '"code":"cancelled"'), ("finish", '"finish_reason":"stop"')])
+def test_who_left_and_asks_again_under_the_same_key_gets_what_became_of_the_answer(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, policy: str, end: str
+) -> None:
+    gate, upstream.script = gated()
+    with scene(monkeypatch, policy) as made:
+        request = post_bytes(accept=NDJSON, extra=f"{ANN}Idempotency-Key: k\r\n")
+        with call(made.port, request) as sock:
+            read_until(sock, b"Hel")
+        if policy == "cancel":
+            upstream.requests[0].wait_left()
+        gate.open()
+        made.here.wait_records(1, 10)
+        expect_settled(made.store)
+        with call(made.other, request) as sock:
+            told = read_until(sock, b"0\r\n\r\n")
+        assert b"Idempotency-Replayed: true" in told
+        assert b'"text":"Hel"' in told and end.encode() in told
+    assert len(upstream.requests) == 1

@@ -214,6 +214,20 @@ def test_an_answer_is_idle_since_its_last_reader_left() -> None:
     assert desk.sheet.idle() < 1
 
 
+def test_what_is_given_up_is_read_by_those_who_are_there_and_by_nobody_else() -> None:
+    desk = Desk(lambda _: 0.0)
+    told: list[int] = []
+
+    def tell(seq: int, event: Event) -> None:
+        told.append(seq)
+
+    desk.sheet.readers.append(tell)
+    desk.sheet.give_up()
+    assert (desk.sheet.can_be_read, desk.sheet.idle()) == (True, 0)
+    desk.sheet.leave(tell)
+    assert (desk.sheet.can_be_read, desk.sheet.idle()) == (False, float("inf"))
+
+
 def test_where_the_store_is_silent_nobody_knows_who_reads() -> None:
     def down(_: str) -> float:
         raise StoreDown
