@@ -24,6 +24,9 @@ from .tail import Tail
 # Bytes of one write. Several fit into the caller's send buffer: one that fills it waits until it is acknowledged, which
 # a reader on the same machine (nginx) does 40 ms later. By 64 KiB, 10,000 events took ten times as long.
 SLICE = 16_384
+# Seconds after a slice, in which others have their turn. After sleep(0) gevent would come back before it looks at any
+# socket: a whole answer of 10,000 events, 40 ms, stood in the way of all others.
+TURN = 0.001
 MANY = 500  # events that are told before others have their turn
 LOOK = 5.0  # seconds of silence after which the store is asked whether the answer has ended
 
@@ -144,7 +147,7 @@ class Replay:
                 if len(pending) >= SLICE:
                     yield pending
                     pending = b""
-                    time.sleep(0)  # a long answer leaves others their turn
+                    time.sleep(TURN)
             if pending:
                 yield pending
                 pending = b""
