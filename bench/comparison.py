@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import plot, soak, stored, table
+from . import plot, soak, stored, table, tails
 from .machine import Cores, choose_cores, describe, raise_file_limit
 from .measure import FULL, LOADS, QUICK, Incomplete, Sizes, repeats, warm_up
 from .peers import BENCH, PEERS, ROOT, Peer, PeerFailure, Server, find_nginx, running
@@ -41,7 +41,8 @@ class Bench:
     def start(self, peer: Peer) -> contextlib.AbstractContextManager[Server]:
         folder = self.folder / peer.name
         folder.mkdir(exist_ok=True)
-        return running(peer, self.upstream, folder, self.cores.server, self.authority)
+        cores = self.cores.server | self.cores.load if peer.anywhere else self.cores.server
+        return running(peer, self.upstream, folder, cores, self.authority)
 
 
 def main() -> None:
@@ -61,8 +62,8 @@ def main() -> None:
                     "MB after each minute:", *(f"{megabytes:.1f}" for megabytes in soak.soak(bench.start, chosen.soak))
                 )
                 return
-            if chosen.store:
-                print(stored.compare(bench.start, QUICK if chosen.quick else FULL, _progress))
+            if chosen.store or chosen.tails:
+                _measure_log(bench, chosen)
                 return
             report = _compare(bench, chosen)
     except PeerFailure as failure:
@@ -82,12 +83,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tls", action="store_true", help="the upstream speaks TLS, with a certificate of our own")
     parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md, as a full run does")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw CPU per piece against streams, no table")
-    parser.add_argument("--store", action="store_true", help="streamchat with its log in SQLite beside itself without")
+    parser.add_argument(
+        "--store", action="store_true", help="streamchat with its log in SQLite beside itself without; then --tails"
+    )
+    parser.add_argument(
+        "--tails",
+        action="store_true",
+        help=f"{FULL.tails:,} readers ({QUICK.tails} if quick) of running answers that another server makes, over one "
+        "log in SQLite; and a long answer read there after its end",
+    )
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="50 streams for so long: memory by the minute")
     chosen = parser.parse_args()
     everything = chosen.only == list(PEERS) and chosen.load == list(LOADS)
     chosen.write = chosen.write or (
-        everything and not (chosen.quick or chosen.tls or chosen.plot or chosen.soak or chosen.store)
+        everything and not (chosen.quick or chosen.tls or chosen.plot or chosen.soak or chosen.store or chosen.tails)
     )
     return chosen
 
@@ -132,6 +141,16 @@ def _certificate(folder: Path) -> tuple[Path, Path]:
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(both))
     authority.cert_pem.write_to_path(str(folder / "authority.pem"))
     return both, folder / "authority.pem"
+
+
+def _measure_log(bench: Bench, chosen: argparse.Namespace) -> None:
+    sizes = QUICK if chosen.quick else FULL
+    if chosen.store:
+        print(stored.compare(bench.start, sizes, _progress), flush=True)
+    try:
+        print(tails.measure(bench.start, sizes, _progress))
+    except (Incomplete, OSError) as failure:
+        sys.exit(f"bench/run: {failure}")
 
 
 def _compare(bench: Bench, chosen: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 READ_BYTES = 262144
 MARKER = b"~"
@@ -33,6 +34,22 @@ class Call:
     last_bytes: bytes = b""
     whole: bool = False
     ended: bool = False
+
+
+class Asked(Protocol):
+    """What the callers of a Load ask of one server, and how many pieces each is told."""
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def pieces(self) -> int: ...
+
+    @property
+    def pause(self) -> float: ...
+
+    def request(self) -> bytes:
+        """Of one caller."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +84,10 @@ class Tally:
 class Load:
     """Calls that ask the same. `again` lets a caller ask once more as soon as its answer is whole."""
 
-    def __init__(self, question: Question, *, again: bool = False) -> None:
+    def __init__(self, asked: Asked, *, again: bool = False) -> None:
         self.tally = Tally()
         self.again = again
-        self._question = question
-        self._request = question.request()
+        self._asked = asked
         self._poller = select.epoll()
         self._calls: dict[int, Call] = {}
         self._planned: deque[float] = deque()
@@ -116,10 +132,10 @@ class Load:
         self._poller.close()
 
     def _connect(self) -> None:
-        sock = socket.create_connection(("127.0.0.1", self._question.port), timeout=CONNECT_SECONDS)
+        sock = socket.create_connection(("127.0.0.1", self._asked.port), timeout=CONNECT_SECONDS)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
-        call = Call(sock, self._question.pieces)
+        call = Call(sock, self._asked.pieces)
         self._calls[sock.fileno()] = call
         self._poller.register(sock, select.EPOLLIN)
         self._ask(call)
@@ -128,7 +144,7 @@ class Load:
         call.pieces, call.first_at, call.last_bytes, call.whole, call.ended = 0, 0.0, b"", False, False
         self.tally.asked += 1
         call.sent_at = time.monotonic()
-        call.sock.send(self._request)
+        call.sock.send(self._asked.request())
 
     def _read(self, call: Call) -> None:
         try:
@@ -151,7 +167,7 @@ class Load:
             self.tally.begun += 1
             if self.tally.timing:
                 self.tally.first.append(now - call.sent_at)
-        if self.tally.timing and self._question.pause:
+        if self.tally.timing and self._asked.pause:
             # A stamp that is split over two reads is counted, not timed.
             self.tally.delays.extend(now - float(stamp) for stamp in STAMP.findall(data))
 

@@ -43,11 +43,12 @@ class Sizes:
     repeats: int
     big_repeats: int
     groups: tuple[tuple[str, ...], ...]
+    tails: int  # readers of answers of another server
 
 
 SMALL, BIG = ("piece50", "piece10", "full", "single"), ("open", "silent")
-FULL = Sizes(6.0, 60.0, 50, 20, 3000, 3.0, 100, 2000, 2.0, 3, 1, (SMALL, BIG))
-QUICK = Sizes(0.8, 1.5, 50, 20, 1000, 0.5, 20, 60, 0.3, 1, 1, (BIG + SMALL,))
+FULL = Sizes(6.0, 60.0, 50, 20, 3000, 3.0, 100, 2000, 2.0, 3, 1, (SMALL, BIG), 1000)
+QUICK = Sizes(0.8, 1.5, 50, 20, 1000, 0.5, 20, 60, 0.3, 1, 1, (BIG + SMALL,), 100)
 
 
 class Window:
@@ -102,8 +103,8 @@ def paced(server: Server, streams: int, pause: float, seconds: float) -> Figures
         _finish(load, streams, pieces * pause)
         return {
             "us": window.cpu_for_each(window.pieces) * 1e6,
-            "p50": _quantile(load.tally.delays, 50) * 1e3,
-            "p99": _quantile(load.tally.delays, 99) * 1e3,
+            "p50": quantile(load.tally.delays, 50) * 1e3,
+            "p99": quantile(load.tally.delays, 99) * 1e3,
             "kb": memory / streams / 1e3,
             "waited": window.waited,
         }
@@ -138,7 +139,7 @@ def single(server: Server, seconds: float, timed: int) -> Figures:
         load.run(lambda: load.tally.whole >= timed or not load.open, OVERDUE_SECONDS)
         load.again = False
         _finish(load, load.tally.asked, 0)
-        first = _quantile(load.tally.first, 50) * 1e3
+        first = quantile(load.tally.first, 50) * 1e3
     each = window.cpu_for_each(window.whole)
     return {"ms": each * 1e3, "per_cpu_second": 1 / each, "first": first, "waited": window.waited}
 
@@ -179,5 +180,5 @@ def _finish(load: Load, answers: int, lasting: float) -> None:
         raise Incomplete(f"{load.tally.whole} of {answers} whole")
 
 
-def _quantile(values: list[float], percent: int) -> float:
+def quantile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else math.nan

@@ -37,13 +37,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Peer:
-    """`missing` says why it cannot run here, or None."""
+    """`missing` says why it cannot run here, or None. `anywhere`: it is not what is measured, and has all cores."""
 
     name: str
     title: str
     command: Callable[[Place], Sequence[str]]
     environment: Mapping[str, str]
     missing: Callable[[], str | None]
+    anywhere: bool = False
 
 
 class PeerFailure(Exception):

@@ -12,6 +12,7 @@ from streamchat.attempts import Next
 from streamchat.envelopes import letter_id
 from streamchat.loop import ThreadLoop
 from streamchat.sqlite_file import File
+from streamchat.sqlite_listener import NEW
 from streamchat.sqlite_store import SqliteStore
 from streamchat.store import Limits
 
@@ -121,7 +122,16 @@ def stream(store: SqliteStore, owner: str) -> None:
     store.read(answer.id, -1)
 
 
-@pytest.mark.parametrize("task", [claim, cancel, reap, deliver, stream])
+def follow(store: SqliteStore, owner: str) -> None:
+    answer = entry(owner)
+    store.admit(answer, NONE)
+    listener = store.listen(store.take_lease())
+    listener.add(answer.id)
+    store.write(owner, [texts(answer.id, 0, 3)], [])
+    assert [batch.count for batch in listener.wait(2)[0]] == [3]
+
+
+@pytest.mark.parametrize("task", [claim, cancel, reap, deliver, stream, follow])
 def test_no_question_reads_a_large_table_from_end_to_end(
     store: SqliteStore, said: list[Statement], task: Callable[[SqliteStore, str], None]
 ) -> None:
@@ -157,3 +167,11 @@ def test_an_empty_queue_and_an_empty_outbox_are_asked_without_the_lock(
     assert store.outbox.take(owner, "jobs", LATER, 9) == []
     assert "BEGIN" in {statement for statement, _ in said}
     assert "BEGIN IMMEDIATE" not in {statement for statement, _ in said}
+
+
+def test_what_is_new_is_found_by_its_number_however_long_the_answers_are(
+    store: SqliteStore, said: list[Statement]
+) -> None:
+    follow(store, store.take_lease())
+    (steps,) = [plan(store, statement) for statement in asked(said) if statement[0] == NEW]
+    assert steps[0].startswith("SEARCH pieces USING INTEGER PRIMARY KEY")

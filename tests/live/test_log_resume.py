@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -154,6 +155,26 @@ def test_readers_who_are_cut_anywhere_and_come_back_on_any_server_assemble_the_s
     assert [told == "".join(pieces) for _, told in found] == [True] * 16
     assert all(seen == places for seen, _ in found)
     assert len(pair.model.asked("cuts")) == 1
+
+
+def test_a_hundred_running_answers_are_read_on_the_other_server_each_whole_and_by_its_own_reader(pair: Pair) -> None:
+    first, second = gates = Gate(), Gate()
+    places = range(0, 3000, 30)  # no other answer has the same pieces
+
+    def say(place: int) -> str:
+        parts = [words(place + step, place + step + 10) for step in (0, 10, 20)]
+        return pair.model.say(f"crowd {place}", parts[0], first, parts[1], second, parts[2])
+
+    with ExitStack() as stack:
+        callers = [stack.enter_context(ask(pair.first, say(place))) for place in places]
+        readers = [stack.enter_context(resume(pair.second, caller.id)) for caller in callers]
+        told = [reader.until(10) for reader in readers]
+        for seq, gate in zip((20, 31), gates, strict=True):
+            gate.open()
+            told = [before + reader.until(seq) for before, reader in zip(told, readers, strict=True)]
+        assert [reader.rest() for reader in readers] == [[]] * 100
+    assert [seqs(events) for events in told] == [list(range(32))] * 100
+    assert [text_of(events) for events in told] == ["".join(words(place, place + 30)) for place in places]
 
 
 def test_two_workers_of_one_server_share_a_file(tmp_path_factory: pytest.TempPathFactory) -> None:
