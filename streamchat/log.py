@@ -23,6 +23,7 @@ from .store import LIVE, Entry, Kept, Limits, Store
 from .tail import Tail, Tails
 
 logger = logging.getLogger("streamchat")
+Admitted = tuple[str, Sheet | None]
 
 GATHER = 0.075  # seconds: with the time of a write, below the 100 ms that the log may be behind the caller
 AGAIN = 0.1  # seconds until the store is asked again after it failed
@@ -62,24 +63,21 @@ class Log:
         sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop)
         sheet.alone = True
         self.running[entry.id] = sheet
-        if self.lease.owner != entry.owner:
+        if self.lease.owner != sheet.owner:
             self._end_with_lease(sheet)
         return sheet
 
-    def admit(self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool) -> tuple[str, Sheet | None]:
+    def admit(self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool) -> Admitted:
         """The answer's sheet; or the id of the one that the same Idempotency-Key got before.
 
-        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch; StoreDown where the admission is needed, or
-        where the store surely has nothing of it.
+        Raises TooManyStreams, BudgetExhausted, IdempotencyMismatch; StoreDown where the admission is needed.
         """
         try:
             return self._admitted(entry, limits, cancellation, needed)
         except LeaseLost:
             return self._admitted(entry, limits, cancellation, needed)
 
-    def _admitted(
-        self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool
-    ) -> tuple[str, Sheet | None]:
+    def _admitted(self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool) -> Admitted:
         owner = self.lease.held()
         asked = entry if entry.owner == owner else replace(entry, owner=owner)
         sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended, self._loop)
@@ -136,9 +134,8 @@ class Log:
         self._stop.wait(time.monotonic() + PRUNE_AFTER)
         while not self._closed:
             try:
-                self._prune()
-            except StoreDown:
-                pass  # the next time is early enough
+                with contextlib.suppress(StoreDown):  # the next time is early enough
+                    self._prune()
             except Exception:  # a bug in a store: others still are to be forgotten
                 logger.exception("the response log failed")
             self._stop.wait(time.monotonic() + PRUNE_EVERY)
@@ -172,14 +169,18 @@ class Log:
             if self._dirty or self._news.wait(time.monotonic() + self.lease.beat):
                 self._hurry.wait(time.monotonic() + GATHER)
                 self._write_group()
-        self._write_group()  # the process ends in order: what waits is written if the store takes it at once
+        until = time.monotonic() + CLOSE_WITHIN  # what waits is written as long as the store takes it at once
+        while self._write_group() and time.monotonic() < until:
+            pass
 
-    def _write_group(self) -> None:
-        owner, sheets = self.lease.owner, self._group()
-        if owner is None or not sheets:
-            return
+    def _write_group(self) -> bool:
+        """Whether the store took some of what waits."""
+        owner = self.lease.owner  # None: it is just being lost, or taken
+        if owner is None or not (sheets := self._group(owner)):
+            return False
         try:
             self._write(owner, sheets)
+            return True
         except StoreDown:
             self.lease.fell()
             self._expire()
@@ -189,6 +190,7 @@ class Log:
         except Exception:  # a bug: it may touch one answer, not all
             for sheet in sheets:
                 self._write_alone(owner, sheet)
+        return False
 
     def _write(self, owner: str, sheets: Sequence[Sheet]) -> None:
         batches = [sheet.batch for sheet in sheets]
@@ -207,8 +209,8 @@ class Log:
             logger.exception("the response log cannot keep answer %s", sheet.id)
             self.forget(sheet)
 
-    def _group(self) -> list[Sheet]:
-        owner, sheets, size = self.lease.owner, list[Sheet](), 0
+    def _group(self, owner: str) -> list[Sheet]:
+        sheets, size = list[Sheet](), 0
         for sheet in list(self._dirty):
             if sheet.owner != owner:
                 self._end_with_lease(sheet)
@@ -234,10 +236,8 @@ class Log:
                 self._give_up(sheet)
 
     def _lost(self, owner: str) -> None:
-        """Others have ended the answers of this lease: here they end too.
-
-        Where it was lost because the store was away, nobody is to blame: they go on for their callers, if they have
-        one, without the log.
+        """Others have ended the answers of this lease: here they end too. Where it was lost because the store was away,
+        nobody is to blame: they go on for their callers, if they have one, without the log.
         """
         for sheet in [sheet for sheet in list(self.running.values()) if sheet.owner == owner]:
             if self.down and not sheet.alone:
@@ -259,7 +259,7 @@ class Log:
         """Raises StoreDown."""
         kept = self.store.find(id)
         if kept is not None and kept.status in LIVE:
-            self.lease.held()  # whoever makes it may be dead: this process looks, too
+            self.wake()  # whoever makes it may be dead: this process looks, too
         return kept
 
     def cancel(self, id: str) -> None:
@@ -279,8 +279,9 @@ class Log:
         sheet = self.running.get(id)
         if sheet is not None:
             return self.tails.of_sheet(sheet)
-        self.lease.held()
-        self.store.attend({id})
+        with contextlib.suppress(StoreDown):  # locked or full, it can be read; this is said again each second
+            self.lease.held()
+            self.store.attend({id})
         return self.tails.of_store(id)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from .store import Batch
 # while something comes, the longer one once nothing came for a second.
 POLL, POLL_SOON = 0.05, 0.02
 BUSY = 1.0
+IDLE = 0.25  # where nobody reads here: only own answers that were cancelled are looked for
 BATCHES_A_POLL = 5000  # some megabytes: after an outage the rest comes with the next poll
 # The plus: SQLite goes through what is new. By the index of answers it would walk, with each question, through all that
 # each wanted answer has so far.
@@ -46,14 +47,25 @@ class SqliteListener:
     def wait(self, seconds: float) -> tuple[list[Batch], list[str]]:
         until = time.monotonic() + seconds
         while True:
-            time.sleep(max(0.0, min(self._due, until) - time.monotonic()))
-            begin = time.monotonic()
-            self._due = begin + (POLL_SOON if begin - self._heard < BUSY else POLL)
+            begin = self._rest(until)
+            self._due = begin + self._pace(begin)
             batches, stopped = self._file.run(self._poll)
             if batches:
                 self._heard = begin
             if batches or stopped or time.monotonic() >= until:
                 return batches, stopped
+
+    def _pace(self, now: float) -> float:
+        if not self._wanted:
+            return IDLE
+        return POLL_SOON if now - self._heard < BUSY else POLL
+
+    def _rest(self, until: float) -> float:
+        """Until the next poll is due, which is at once where somebody begins to read; the time after that."""
+        is_idle = not self._wanted
+        while (now := time.monotonic()) < min(self._due, until) and not (is_idle and self._wanted):
+            time.sleep(min(POLL, min(self._due, until) - now))
+        return now
 
     def close(self) -> None:
         """The connection is the store's."""

@@ -104,7 +104,7 @@ LAYERS = {
     "hangup": Layer(2, "cancellation loop"),
     "live": Layer(2, "cancellation errors hangup loop"),
     "stores": Layer(2, "carrier errors loop memory_store redis_store settings sqlite_schema sqlite_store store"),
-    "sheet": Layer(2, "cancellation errors events store"),
+    "sheet": Layer(2, "cancellation errors events loop store"),
     "tail": Layer(2, "errors events loop sheet store"),
     "lease": Layer(2, "errors loop store tail"),
     "log": Layer(2, "bookkeeping cancellation errors events lease loop sheet store tail"),

@@ -346,6 +346,7 @@ def test_under_finish_an_answer_needs_nobody_who_could_find_it(
         (record,) = made.here.wait_records()
         made.end("completed", "completed", record.id, "Hello")
 
+
 def without_log(made: Scene, id: str) -> None:
     """The store takes nothing, and says nothing, until the answer is given up."""
     made.store.fall("write", "unattended")
