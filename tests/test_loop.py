@@ -462,5 +462,18 @@ def test_others_run_while_a_task_is_in_its_lane(loop: Loop) -> None:
         os.close(gate[1])
 
 
+def test_a_lane_serves_others_and_closes_when_a_caller_was_killed() -> None:
+    """Threads cannot be killed from outside: the lane is gevent's."""
+    script = (
+        "from gevent import monkey; monkey.patch_all(); import gevent, os; from streamchat.loop import choose_loop;"
+        "lane, (out, into) = choose_loop().lane(), os.pipe(); native = monkey.get_original('os', 'read');"
+        "asking = gevent.spawn(lane.run, lambda: native(out, 1)); gevent.sleep(0.01); asking.kill();"
+        "os.write(into, b'x'); print(asking.dead, lane.run(lambda: 7));"
+        "late = gevent.spawn(lane.run, lambda: 8); gevent.sleep(0); late.kill(); lane.close(); lane.close();"
+        "gevent.get_hub().join(5); print('over')"
+    )
+    assert run([sys.executable, "-c", script]).split() == ["True", "7", "over"]
+
+
 def native_read(fd: int) -> bytes:
     return os.read(fd, 1)  # gevent does not patch it
