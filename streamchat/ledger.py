@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, fields
 
 from blinker import Namespace
 
 logger = logging.getLogger("streamchat")
+
+DIGITS = 3  # of a second: milliseconds
+_dumps = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 signals = Namespace()
 answer_started = signals.signal("answer-started")
@@ -53,15 +57,10 @@ class Trail:
 
 
 def log_record(record: Record) -> None:
-    """The one line of an answer: key=value for people, the record itself as `record.answer` for handlers."""
-    told = ((name, getattr(record, name)) for name in FIELDS)
-    line = " ".join(f"{name}={_shown(value)}" for name, value in told if value is not None)
-    logger.info("answer %s", line, extra={"answer": record})
+    """The one line of an answer: JSON, without what is None. The record itself is `record.answer`, for handlers.
 
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    text = str(value)
-    # A user id is the shop's, and may hold anything: one line stays one line, and one field one field.
-    return text if text.isprintable() and not set(text) & set(" \"'=") else repr(text)
+    A user id is the shop's, and may hold anything: escaped, one line stays one line, and one field one field.
+    """
+    told = {name: value for name in FIELDS if (value := getattr(record, name)) is not None}
+    line = {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in told.items()}
+    logger.info("answer %s", _dumps(line), extra={"answer": record})

@@ -379,7 +379,8 @@ def test_an_answer_is_one_line_in_the_log(upstream: FakeUpstream, caplog: pytest
         record = shop.the_record()
     (line,) = [each for each in caplog.records if each.name == "streamchat"]
     said = line.getMessage()
-    assert said.startswith(f"answer id={record.id} ") and " outcome=completed " in said
+    told = json.loads(said.removeprefix("answer "))
+    assert (told["id"], told["user"], told["outcome"]) == (record.id, record.user, "completed")
     assert "\n" not in said and "question" not in said and "Hello" not in said
     assert line.__dict__["answer"] == record
 

@@ -5,6 +5,7 @@ Each listens on a free port of 127.0.0.1, is ready when its `with` block begins,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -66,9 +67,9 @@ class Server:
         return [int(pid) for pid in children.split()]
 
     def records(self) -> list[dict[str, str]]:
-        """The answers' log lines, each as its key=value fields."""
-        lines = re.findall(r"streamchat: answer (id=.*)", self.log)
-        return [dict(field.split("=", 1) for field in re.findall(r"\S+=\S+", line)) for line in lines]
+        """The answers' log lines, each as its fields."""
+        lines = re.findall(r"streamchat: answer (\{.*\})$", self.log, re.MULTILINE)
+        return [{name: str(value) for name, value in json.loads(line).items()} for line in lines]
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
