@@ -183,7 +183,7 @@ def test_two_workers_of_one_server_share_a_file(tmp_path_factory: pytest.TempPat
         def have_both_made_some() -> bool:
             """After eight more answers, each with three readers: who is given which is the kernel's choice."""
             share_answers(pair)
-            makers = set(re.findall(r"\[(\d+)\] INFO streamchat: answer id=", pair.first.log))
+            makers = set(re.findall(r"\[(\d+)\] INFO streamchat: answer {", pair.first.log))
             return makers == {str(pid) for pid in pair.first.workers()}
 
         wait_for(have_both_made_some, 20, "an answer of each worker")

@@ -126,7 +126,7 @@ def test_the_line_of_an_answer_is_seen_in_gunicorns_log(tmp_path: Path) -> None:
     assert record["id"] == seen.headers["X-Response-Id"]
     assert (record["outcome"], record["finish_reason"], record["upstream_status"]) == ("completed", "stop", "200")
     assert (record["input_tokens"], record["output_tokens"], record["estimated"]) == ("19", "10", "False")
-    assert " INFO streamchat: answer id=" in server.log
+    assert " INFO streamchat: answer {" in server.log
 
 
 def test_preload_works(tmp_path: Path) -> None:
