@@ -138,17 +138,16 @@ class Replay:
                 pending += self._encoder.heartbeat
             for seq, event in news or ():
                 if isinstance(event, Failure) and not self._encoder.in_band:
-                    if pending:
-                        yield pending
+                    yield from (pending[at : at + SLICE] for at in range(0, len(pending), SLICE))
                     raise error_of(event)
-                pending += self._encoder.encode(seq, event)
-                while len(pending) >= SLICE:
+                piece = self._encoder.encode(seq, event)
+                while pending and len(pending) + len(piece) > SLICE:  # an event is cut only where it is longer itself
                     yield pending[:SLICE]
                     pending = pending[SLICE:]
                     _give_way()
-            if pending:
-                yield pending
-                pending = b""
+                pending += piece
+            yield from (pending[at : at + SLICE] for at in range(0, len(pending), SLICE))
+            pending = b""
 
     def _news(self) -> Iterator[News | None]:
         """Events in order, up to the last; None where a heartbeat is due. Raises Gap."""
