@@ -13,7 +13,7 @@ from tests.fake_upstream import Gate
 from tests.live.pair import STORES, Pair, ask, pair_over, text_of, words
 from tests.live.servers import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.long]
+pytestmark = pytest.mark.live
 
 DUPLICATES = 200
 RACERS = 50

@@ -13,7 +13,7 @@ from tests.fake_upstream import Hang, head, text
 from tests.live.pair import LEASE, STORES, Pair, ask, look, pair_over, resume, seconds_since, seqs, words
 from tests.live.servers import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.long]
+pytestmark = pytest.mark.live
 
 # The lease of the dead ends first, then another process looks (three times in a lease), then readers are told.
 MARGIN = LEASE

@@ -9,7 +9,7 @@ import pytest
 from tests.fake_upstream import Gate
 from tests.live.pair import STORES, ask, cancel, look, pair_over, resume, seqs, text_of, words
 
-pytestmark = [pytest.mark.live, pytest.mark.long]
+pytestmark = pytest.mark.live
 
 
 @pytest.mark.parametrize("kind", STORES)
