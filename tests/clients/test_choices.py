@@ -167,10 +167,14 @@ def test_answers_leave_one_record(node: Node, server: Server) -> None:
     path = f"{server.url}/api/v1/chat/completions"
     response = requests.post(path, json=ask_of("two answers", n=2, stream=True), timeout=10)
     assert response.text.endswith("data: [DONE]\n\n")
-    id = f"id={response.headers['X-Response-Id']}"
-    wait_for(lambda: id in server.log, what="the record")  # it is written when the caller has all
-    (line,) = [line for line in server.log.splitlines() if id in line]
-    assert "outcome=completed" in line and "output_tokens=10" in line
+    id = response.headers["X-Response-Id"]
+
+    def found() -> list[dict[str, str]]:
+        return [record for record in server.records() if record["id"] == id]
+
+    wait_for(lambda: bool(found()), what="the record")  # it is written when the caller has all
+    (record,) = found()
+    assert (record["outcome"], record["output_tokens"]) == ("completed", "10")
 
 
 @each_client
