@@ -47,8 +47,8 @@ class GeventLoop:
 
     def __init__(self) -> None:
         self._hub = gevent.get_hub()
-        # gevent takes select.epoll away and makes select.poll its own: both are asked here without waiting.
         self._lock = monkey.get_original("_thread", "RLock")
+        # gevent takes select.epoll away and makes select.poll its own: both are asked here without waiting.
         self._poll, self._epoll = monkey.get_original("select", ["poll", "epoll"])
         self.killed: tuple[type[BaseException], ...] = (gevent.GreenletExit,)
         self._limits = _Ticker(self._hub.loop, TICK)
