@@ -10,7 +10,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import redis
@@ -27,6 +28,9 @@ PATIENCE = 1.7  # seconds for a command with all that it waits for; the rest of 
 POOL_WAIT = 0.5
 SOCKET_WAIT = 0.35
 LEAST_WAIT = 0.05
+# At a time: one that a silent resolver holds goes on for many seconds, and in gevent's pool of ten threads, where the
+# models' names are resolved too.
+CONNECTING = 2
 TELL_AGAIN = 60.0  # seconds
 # The URL's query cannot overrule these. Nothing is retried: whoever calls knows better whether to.
 CONNECTION: dict[str, Any] = {
@@ -50,6 +54,44 @@ class OutcomeUnknown(StoreDown):
     """The command was sent and its reply did not come: it may have been done."""
 
 
+def limited(make: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The kind of connection that connects within `socket_connect_timeout` in all.
+
+    redis-py gives that time to each address of a host, then to TLS, and to the resolver any time.
+    """
+    places = threading.BoundedSemaphore(CONNECTING)
+
+    def _connect(self: Any) -> socket.socket:
+        until = time.monotonic() + self.socket_connect_timeout
+        if not places.acquire(timeout=self.socket_connect_timeout):
+            raise TimeoutError
+        made: Future[socket.socket] = Future()
+        threading.Thread(target=_make, args=(made, lambda: make._connect(self), places.release), daemon=True).start()
+        try:
+            return made.result(until - time.monotonic())
+        except BaseException:
+            made.add_done_callback(_drop)  # nobody waits for it any more
+            raise
+
+    return type(f"Limited{make.__name__}", (make,), {"_connect": _connect})
+
+
+def _make(made: Future[socket.socket], connect: Callable[[], socket.socket], leave: Callable[[], None]) -> None:
+    try:
+        connected = connect()
+    except BaseException as error:
+        made.set_exception(error)
+    else:
+        made.set_result(connected)
+    finally:
+        leave()
+
+
+def _drop(made: Future[socket.socket]) -> None:
+    if made.exception() is None:
+        made.result().close()
+
+
 def connection_of(url: str) -> tuple[type[AbstractConnection], dict[str, Any]]:
     """What makes a connection, and its options. Raises SettingsError."""
     try:
@@ -63,7 +105,7 @@ def connection_of(url: str) -> tuple[type[AbstractConnection], dict[str, Any]]:
             "STREAMCHAT_STORE_URL cannot be used: write redis://[user:password@]host[:port][/number], "
             "or rediss:// for TLS; what stands behind a '?' must be an option of redis-py's connection."
         ) from None
-    return make, options
+    return limited(make), options
 
 
 def pool_of(url: str, most: int, seconds: float) -> redis.BlockingConnectionPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 import textwrap
@@ -291,6 +292,61 @@ def test_a_redis_that_is_not_there_is_down_at_once(name: str) -> None:
     store.close()
 
 
+class SilentResolver:
+    """In place of getaddrinfo: says nothing until it is told to, then what the system's own says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._own = socket.getaddrinfo
+        self._speak = threading.Event()
+        self.asked: list[object] = []
+        monkeypatch.setattr("socket.getaddrinfo", self._resolve)
+
+    def _resolve(self, *of: Any, **more: Any) -> Any:
+        self.asked.append(of[0])
+        self._speak.wait()
+        return self._own(*of, **more)
+
+    def speak(self) -> None:
+        self._speak.set()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_resolver_that_says_nothing_is_down_within_two_seconds(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    resolver = SilentResolver(monkeypatch)
+    store = RedisStore(server.url, LEASE)
+    listener = store.listen("owner")
+    try:
+        begin = time.monotonic()
+        with pytest.raises(StoreDown):
+            CALLS[name](store, listener, "owner")
+        assert time.monotonic() - begin < DOWN_WITHIN
+        assert resolver.asked
+    finally:
+        resolver.speak()
+        listener.close()
+        store.close()
+    assert eventually(lambda: server.connections() == [])  # what came too late was closed
+
+
+def test_a_silent_resolver_is_asked_twice_at_a_time_and_redis_is_back_with_it(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = SilentResolver(monkeypatch)
+    store = RedisStore(server.url, LEASE)
+    with ThreadPoolExecutor(20) as pool:
+        begin = time.monotonic()
+        found = [pool.submit(store.find, "resp_1") for _ in range(20)]
+        assert {type(each.exception()) for each in found} == {StoreDown}
+        assert time.monotonic() - begin < DOWN_WITHIN
+    assert len(resolver.asked) == 2
+    resolver.speak()
+    assert eventually(lambda: server.connections() == [])
+    assert store.find("resp_1") is None
+    store.close()
+
+
 def test_a_paused_redis_is_down_within_two_seconds_for_every_method_and_all_works_afterwards(
     server: RedisServer, handles: dict[str, Handle]
 ) -> None:
@@ -439,8 +495,10 @@ def test_two_hundred_callers_share_eight_connections(server: RedisServer, store:
 
     with ThreadPoolExecutor(201) as pool:
         counting = pool.submit(count)
-        told = list(pool.map(call, range(200)))
-        done.set()
+        try:
+            told = list(pool.map(call, range(200)))
+        finally:
+            done.set()
         counting.result()
     assert told == [f"resp_{number}" for number in range(200)]
     assert 2 <= max(seen) <= 8 + 1
