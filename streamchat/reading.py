@@ -40,11 +40,10 @@ def response_stream(id: str) -> Response:
 
     def view(mount: Mount, _: str, __: Dialect) -> Response:
         encoder = choose_encoder(request.headers.get("Accept"))()
-        after = _after()
+        given = _after()
         kept = mount.find(id, mount.user(request))
-        if _is_told(mount, kept, after):
-            return _nothing()
-        return replayed(mount, kept, after, encoder)
+        after = _beginning(mount, kept, given)
+        return _nothing() if after is None else replayed(mount, kept, after, encoder)
 
     return in_dialect(OWN, view)
 
@@ -113,22 +112,25 @@ def _events(mount: Mount, kept: Kept, after: int) -> list[Event]:
     return [event for batch in mount.log.store.read(kept.id, after) for event in unpack(batch.payload)]
 
 
-def _is_told(mount: Mount, kept: Kept, after: int) -> bool:
-    """Whether a reader has it all. The last event that is kept need not be the answer's last.
+def _beginning(mount: Mount, kept: Kept, after: int) -> int | None:
+    """The seq after which a reader is told more; None where it has it all, and nothing will come.
 
     Raises InvalidRequest for more events than a whole answer has. Of one that failed its readers may have more than the
-    log: what its producer had told and not yet written.
+    log, what its producer had told and not yet written: they are told its end. The last event that is kept need not be
+    the answer's last.
     """
     last = kept.next - 1
     if kept.status in LIVE or after < last:
-        return False
+        return after
     events = _events(mount, kept, last - 1)
     end = events[-1] if events else None
-    if after > last and isinstance(end, Finish):
+    if after == last:
+        return None if isinstance(end, ENDS) else after
+    if isinstance(end, Finish):
         raise InvalidRequest(
             f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.'
         )
-    return after == last and isinstance(end, ENDS)
+    return last - 1 if isinstance(end, Failure) else after
 
 
 def _after() -> int:

@@ -64,12 +64,14 @@ def test_an_answer_whose_end_was_never_written_is_not_called_told(shop: Shop, ev
     assert content_type in ("application/problem+json", "text/event-stream; charset=utf-8")
 
 
-def test_who_has_more_of_a_failed_answer_than_the_log_is_told_of_a_gap(shop: Shop) -> None:
+@pytest.mark.parametrize("after", [4, 5, 1000])
+def test_who_has_more_of_a_failed_answer_than_the_log_is_told_how_it_failed(shop: Shop, after: int) -> None:
     """Its producer died before all was written that it had told: such a reader has done nothing wrong."""
     keep(shop, FAILED, "failed")
-    status, _, body = read(shop, 5)
-    assert status == 500
-    assert b'"gap"' in body
+    status, _, body = read(shop, after)
+    (event,) = sse_events(body)
+    assert (status, event["seq"], event["code"]) == (200, 3, "upstream_incomplete")
+    assert b"id: 3\n" in body  # with which an EventSource comes back, and is told that there is no more
 
 
 @pytest.mark.parametrize("path", ["/api/responses/resp_1", "/api/responses/resp_1/stream", "/api/chat/c1/stream"])
