@@ -266,6 +266,26 @@ def test_a_file_of_the_first_version_keeps_all_it_holds(
     assert store.gauges() == EMPTY | {"live": 1, "reserved": 70, "owners": 1, "answers": 2, "bytes": size + 14}
 
 
+def test_the_ledger_of_the_first_version_keeps_what_forgotten_answers_cost(
+    path: str, open_store: Callable[[str], SqliteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = first_release(path, monkeypatch)
+    with monkeypatch.context() as older:
+        older.setattr(sqlite_schema, "MIGRATIONS", (VERSION_1,))
+        connection = open_file(path)
+    for id, user in (("resp_old", "bob"), ("resp_older", None)):
+        row = "INSERT INTO ledger VALUES (?, ?, 'm', 900.5, NULL, 1.0, 'failed', NULL, 1, 20, 1, 1, 1, 200, NULL, NULL)"
+        connection.execute(row, (id, user))
+    connection.close()
+    store = open_store(path)
+    assert store.usage(0, "user") == [Spent("", 1, 0, 20, 1, 1), Spent("bob", 2, 1, 27, 4, 1)]
+    for _ in range(3):
+        new = entry(owner, user="bob")
+        store.admit(new, NONE)
+        store.write(owner, [], [ending(new)])
+    assert sum(spent.answers for spent in store.usage(0, "user")) == 6
+
+
 def test_what_ran_in_a_file_of_the_first_version_goes_on(
     path: str, open_store: Callable[[str], SqliteStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -433,6 +434,13 @@ def test_a_hook_that_breaks_is_the_shops_own_500(upstream: FakeUpstream) -> None
 
 
 # --- ids and headers ------------------------------------------------------------------------------------
+
+
+def test_an_id_is_128_random_bits(upstream: FakeUpstream) -> None:
+    with open_shop() as shop:
+        ids = {shop.ask().headers["X-Response-Id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert all(re.fullmatch("resp_[0-9a-f]{32}", id) for id in ids)
 
 
 def test_every_answer_has_an_id_of_its_own(shop: Shop) -> None:
