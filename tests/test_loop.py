@@ -462,6 +462,16 @@ def test_others_run_while_a_task_is_in_its_lane(loop: Loop) -> None:
         os.close(gate[1])
 
 
+def test_a_lane_takes_the_core_from_nobody() -> None:
+    """Woken while others hold the interpreter's lock, its thread could only wait for that."""
+    script = (
+        "import os; from gevent import monkey; monkey.patch_all(); from streamchat.loop import choose_loop;"
+        "lane = choose_loop().lane(); print(lane.run(lambda: os.sched_getscheduler(0)) == os.SCHED_BATCH,"
+        "os.sched_getscheduler(0) == os.SCHED_OTHER); lane.close()"
+    )
+    assert run([sys.executable, "-c", script]).split() == ["True", "True"]
+
+
 def test_a_lane_serves_others_and_closes_when_a_caller_was_killed() -> None:
     """Threads cannot be killed from outside: the lane is gevent's."""
     script = (
