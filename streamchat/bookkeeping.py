@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .envelopes import enclose
 from .errors import Cancelled, Interrupted, StreamChatError
-from .events import Failure
+from .events import Failure, Reasoning, Refusal, Text, ToolCall
 from .ledger import Record
 from .store import Batch, Ending, Limits, Status, pack, unpack
 
 DAY = 86400  # seconds; a budget's day is UTC's, and an Idempotency-Key is kept for as long
 CHARS_A_TOKEN = 4  # as where an upstream does not count
-PACKED_CHARS = 11  # of an event's payload that are not its text: ["text",""],
+# Where in a packed event stands what the model said.
+SAID = {kind.type: 1 + kind.__slots__.index("text") for kind in (Text, Reasoning, Refusal)}
+SAID[ToolCall.type] = 1 + ToolCall.__slots__.index("arguments")
 
 
 def midnight(at: float) -> float:
@@ -45,16 +50,29 @@ def unseen(batch: Batch, seq: int) -> Batch | None:
     return replace(batch, first=seq, count=batch.count - known, payload=payload)
 
 
+def chars_of(payloads: Iterable[bytes]) -> int:
+    """How many characters the model said in packed events. What is not whole says nothing."""
+    return sum(len(item[SAID[item[0]]]) for payload in payloads for item in _items(payload) if item[0] in SAID)
+
+
+def _items(payload: bytes) -> list[Any]:
+    try:
+        items: list[Any] = json.loads(payload)
+    except ValueError:
+        return []
+    return items
+
+
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A live answer that nobody makes any more: `events` of it are kept, in `size` bytes."""
+    """A live answer that nobody makes any more: `events` of it are kept, which say so many `chars`."""
 
     id: str
     user: str | None
     model: str
     created_at: float
     events: int = 0
-    size: int = 0
+    chars: int = 0
     queue: str = ""
     target: str = ""
 
@@ -92,7 +110,7 @@ def _record(answer: Unfinished, now: float, outcome: str) -> Record:
         finish_reason=None,
         pieces=max(0, events - 1),
         input_tokens=0,
-        output_tokens=max(0, answer.size - events * PACKED_CHARS) // CHARS_A_TOKEN,
+        output_tokens=-(-answer.chars // CHARS_A_TOKEN),
         estimated=outcome == Interrupted.code,
         attempts=1 if events else 0,
         upstream_status=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .bookkeeping import Unfinished
+from .bookkeeping import Unfinished, chars_of
 from .store import LIVE, Batch, Ending, Entry, Kept, Status
 
 
@@ -36,7 +36,8 @@ class MemoryAnswer:
 def unfinished(answer: MemoryAnswer) -> Unfinished:
     entry = answer.entry
     told = (entry.id, entry.user, entry.model, entry.created_at)
-    return Unfinished(*told, answer.next, answer.size, entry.queue, entry.target)
+    chars = chars_of(batch.payload for batch in answer.batches)
+    return Unfinished(*told, answer.next, chars, entry.queue, entry.target)
 
 
 def kept_of(answer: MemoryAnswer) -> Kept:

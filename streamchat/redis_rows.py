@@ -15,7 +15,7 @@ from .store import Batch, Ending, Entry, Kept
 
 AT_ONCE = 500  # ids or records in one command: Redis serves nobody else meanwhile
 ROW = ("user", "chat", "model", "created", "status", "owner", "next", "told")
-UNFINISHED = ("owner", "user", "model", "created", "next", "bytes", "queue", "target")
+UNFINISHED = ("owner", "user", "model", "created", "next", "queue", "target")
 
 
 def name_of(*names: str | None) -> str:
@@ -95,9 +95,9 @@ def claimed_of(owner: str, row: Sequence[bytes | None]) -> Entry:
 
 
 def unfinished_of(id: str, row: Sequence[bytes | None]) -> tuple[str, Unfinished]:
-    """An answer's owner, and the answer, by UNFINISHED."""
-    owner, user, model, created, next, size, queue, target = (None if each is None else _text(each) for each in row)
-    told = (id, user, model or "", float(created or 0), int(next or 0), int(size or 0), queue or "", target or "")
+    """An answer's owner, and the answer, by UNFINISHED; what it said is not counted yet."""
+    owner, user, model, created, next, queue, target = (None if each is None else _text(each) for each in row)
+    told = (id, user, model or "", float(created or 0), int(next or 0), 0, queue or "", target or "")
     return owner or "", Unfinished(*told)
 
 

@@ -13,11 +13,12 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from . import redis_queue_scripts as queue_lua
 from . import redis_scripts as lua
-from .bookkeeping import Unfinished, interrupted, withdrawn
+from .bookkeeping import Unfinished, chars_of, interrupted, withdrawn
 from .errors import (
     BudgetExhausted,
     IdempotencyMismatch,
@@ -195,6 +196,8 @@ class RedisStore:
     def _end(self, id: str, how: Callable[[Unfinished, float], tuple[Batch, Ending]]) -> bool:
         """False where it ended meanwhile, or another one has it."""
         owner, answer = unfinished_of(id, self._link.call("HMGET", self._key("answer:", id), *UNFINISHED))
+        if answer.events:
+            answer = replace(answer, chars=chars_of(batch.payload for batch in self.read(id, -1)))
         last, ending = how(answer, time.time())
         return bool(self._run(queue_lua.END, self._keep, owner, answer.events, last.payload, *settled(ending)))
 

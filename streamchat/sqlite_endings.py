@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .bookkeeping import Unfinished, withdrawn
+from .bookkeeping import Unfinished, chars_of, withdrawn
 from .ledger import FIELDS
 from .sqlite_file import bound, unbound
 from .sqlite_outbox import put
@@ -23,8 +23,7 @@ RECORD = f"INSERT OR IGNORE INTO ledger (nr, {', '.join(FIELDS)}) VALUES (?, {',
 STOPPED = "UPDATE answers SET cancelled = 1 WHERE id = ? AND ended_at IS NULL AND status <> 'queued' AND cancelled = 0"
 UNFINISHED = """
     SELECT nr, status, claims, id, user, model, created_at,
-    (SELECT ifnull(max(first + count), 0) FROM pieces WHERE answer = a.nr),
-    (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = a.nr), queue, target FROM answers a"""
+    (SELECT ifnull(max(first + count), 0) FROM pieces WHERE answer = a.nr), queue, target FROM answers a"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +35,13 @@ class Orphan:
     answer: Unfinished
 
 
-def orphan(row: Sequence[Any]) -> Orphan:
+def orphan(connection: Connection, row: Sequence[Any]) -> Orphan:
     """A row of UNFINISHED."""
-    nr, status, claims, *told = row
-    return Orphan(nr, status == "queued" and claims < MOST_CLAIMS, Unfinished(*(unbound(value) for value in told)))
+    nr, status, claims, id, user, model, created_at, events, queue, target = (unbound(value) for value in row)
+    kept = connection.execute("SELECT payload FROM pieces WHERE answer = ?", (nr,)) if events else ()
+    chars = chars_of(payload for (payload,) in kept)
+    answer = Unfinished(id, user, model, created_at, events, chars, queue, target)
+    return Orphan(nr, status == "queued" and claims < MOST_CLAIMS, answer)
 
 
 def end(connection: Connection, nr: int, ending: Ending, now: float) -> None:
@@ -66,5 +68,5 @@ def cancel(connection: Connection, id: str) -> None:
         return
     row = connection.execute(f"{UNFINISHED} WHERE id = ? AND status = 'queued'", (bound(id),)).fetchone()
     if row is not None:
-        found, now = orphan(row), time.time()
+        found, now = orphan(connection, row), time.time()
         finish(connection, found.nr, withdrawn(found.answer, now), now)

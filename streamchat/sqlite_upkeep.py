@@ -50,8 +50,8 @@ def find_orphans(connection: Connection, leases: Leases) -> list[Orphan]:
     """Some of them. Owners that are dead lose their row first: they cannot come back."""
     living = json.dumps(leases.living(connection))
     connection.execute("DELETE FROM owners WHERE owner NOT IN (SELECT value FROM json_each(?))", (living,))
-    found = connection.execute(f"{UNFINISHED} WHERE nr IN ({OF_DEAD}) ORDER BY nr", (living,))
-    return [orphan(row) for row in found]
+    found = connection.execute(f"{UNFINISHED} WHERE nr IN ({OF_DEAD}) ORDER BY nr", (living,)).fetchall()
+    return [orphan(connection, row) for row in found]
 
 
 def sums(connection: Connection, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:

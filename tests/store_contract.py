@@ -19,7 +19,7 @@ import pytest
 
 from streamchat.bookkeeping import DAY, midnight
 from streamchat.errors import BudgetExhausted, IdempotencyMismatch, LeaseLost, StreamChatError, TooManyStreams
-from streamchat.events import Event, Failure, Finish, Start, Text, Usage
+from streamchat.events import Event, Failure, Finish, Start, Text, ToolCall, Usage
 from streamchat.ledger import Record
 from streamchat.store import Batch, Ending, Entry, Limits, Listener, Status, Store, pack, unpack
 
@@ -617,6 +617,22 @@ class StoreContract:
         sums = {each.name: each for each in store.usage(0, "user")}
         assert (sums["ann"].answers, sums["ann"].completed, sums["ann"].estimated) == (1, 0, 1)
         assert (sums["bob"].answers, sums["bob"].completed, sums["cid"].answers) == (1, 1, 1)
+
+    def test_the_dead_cost_what_was_kept_of_what_they_said(
+        self, store: Store, another: Store, owner: str, expire: Callable[[], None]
+    ) -> None:
+        answer, silent = entry(owner, user="ann"), entry(owner, user="bob")
+        for each in (answer, silent):
+            store.admit(each, NONE)
+        start = Start(answer.id, "m" * 100, 1790000000)
+        said: list[Event] = [Text("Привет, "), Text("\n\n\n\n"), ToolCall(0, "call_1", "look", '{"at": "日本"}')]
+        store.write(owner, [batch(answer.id, 0, start, *said[:1]), batch(answer.id, 2, *said[1:])], [])
+        store.write(owner, [batch(silent.id, 0, start)], [])
+        expire()
+        another.take_lease()
+        another.reap()
+        sums = {each.name: each.output_tokens for each in store.usage(0, "user")}
+        assert sums == {"ann": -(-(8 + 4 + 12) // 4), "bob": 0}
 
     def test_listeners_hear_of_the_dead(
         self, store: Store, another: Store, owner: str, expire: Callable[[], None]

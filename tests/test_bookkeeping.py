@@ -6,8 +6,18 @@ import json
 
 import pytest
 
-from streamchat.bookkeeping import DAY, Unfinished, interrupted, is_over, midnight, needs_count, unseen, withdrawn
-from streamchat.events import Failure, Text
+from streamchat.bookkeeping import (
+    DAY,
+    Unfinished,
+    chars_of,
+    interrupted,
+    is_over,
+    midnight,
+    needs_count,
+    unseen,
+    withdrawn,
+)
+from streamchat.events import ChoiceEnd, Event, Failure, Finish, Reasoning, Refusal, Start, Text, ToolCall, Usage
 from streamchat.store import Batch, Limits, pack, unpack
 
 
@@ -39,12 +49,28 @@ def test_what_was_seen_is_taken_off_a_batch(seq: int, kept: str) -> None:
 
 
 def test_an_orphan_is_charged_for_what_was_kept_of_it() -> None:
-    payload = pack([Text("word") for _ in range(100)])
-    record = interrupted(Unfinished("resp_1", "ann", "m", 100.0, 100, len(payload)), 107.0)[1].record
+    record = interrupted(Unfinished("resp_1", "ann", "m", 100.0, 100, 399), 107.0)[1].record
     assert (record.outcome, record.estimated, record.duration) == ("interrupted", True, 7.0)
-    assert 100 <= record.output_tokens <= 125
+    assert (record.output_tokens, record.pieces) == (100, 99)
     nothing = interrupted(Unfinished("resp_1", "ann", "m", 100.0), 99.0)[1].record
     assert (nothing.output_tokens, nothing.pieces, nothing.attempts, nothing.duration) == (0, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("events", "chars"),
+    [
+        ([Start("resp_1", "gpt-4.1-mini", 1790000000)], 0),
+        ([Start("resp_1", "gpt-4.1-mini", 1790000000), Text("Hello"), Text("")], 5),
+        ([Text("Привет"), Reasoning("日本"), Refusal("\n\n"), Text("\ud800", 1)], 11),
+        ([ToolCall(0, "call_1", "search", '{"a'), ToolCall(0, None, None, '": 1}')], 8),
+        ([Text("a", 0, {"content": [{"token": "a", "logprob": -0.1}]}), ChoiceEnd("stop", 1)], 1),
+        ([Text("abc"), Finish("stop", Usage(3, 4)), Failure("gap", "words", True)], 3),
+    ],
+)
+def test_the_characters_that_were_said_are_counted(events: list[Event], chars: int) -> None:
+    payloads = [pack([event]) for event in events]
+    assert chars_of(payloads) == chars_of([pack(events)]) == chars
+    assert chars_of([*payloads, b'[["text","half']) == chars
 
 
 def test_who_stops_an_answer_in_its_queue_pays_nothing() -> None:
