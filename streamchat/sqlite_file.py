@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-from .errors import StoreDown, StreamChatError
+from .errors import SettingsError, StoreDown, StreamChatError
 from .ledger import logger
 from .loop import Lane
 from .sqlite_schema import Connection, apsw, open_file
@@ -134,6 +134,8 @@ class File:
             self._transact(self._connection, tasks)
         except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError) as error:
             raise _Trouble(_name(error), again=True) from None
+        except SettingsError as error:  # since the start somebody has put another file there
+            raise _Trouble(error.detail, again=False) from None
         except apsw.FullError as error:
             raise _Trouble(_name(error), again=False) from None
         except (apsw.Error, OSError, MemoryError) as error:

@@ -23,7 +23,11 @@ BYTES_A_STEP = 4 * 2**20
 KEYS_A_STEP = 5000
 PAGES_A_STEP = 500
 SPARE_PAGES = 1024  # free pages that stay for what is written next: 4 MiB
-GROUPS = {"user": "ifnull(user, '')", "model": "model", "day": "strftime('%Y-%m-%d', started, 'unixepoch')"}
+GROUPS = {
+    "user": "ifnull(user, '')",
+    "model": "model",
+    "day": "strftime('%Y-%m-%d', CAST(started AS INTEGER), 'unixepoch')",
+}
 # What nobody owns waits in a queue, and may be much: the index is entered behind it.
 OF_DEAD = f"""
     SELECT nr FROM answers INDEXED BY live WHERE ended_at IS NULL AND owner > ''
