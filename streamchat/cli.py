@@ -19,9 +19,10 @@ from .diagnostics import make_token
 from .doctor import CouldNotTest, Doctor
 from .mailroom import webhooks
 from .mount import Mount
-from .opened_logs import chosen_logs, mounts_of_app, of_mount, opened
-from .settings import TABLE, key
+from .opened_logs import ask_logs, finish, mounts_of_app, of_mount
+from .settings import TABLE, Settings, key
 from .spending import as_csv, csv_rows, table
+from .store import Store
 from .stores import prune
 from .worker import command
 
@@ -126,16 +127,19 @@ def show_usage(since: float, by: Literal["user", "model", "day"], is_csv: bool, 
     outlives the answers' texts. Days are UTC's.
     """
     rows: list[tuple[object, ...]] = []
-    for names, (settings, *_) in chosen_logs(mount).items():
-        with opened(names, settings) as store:
-            sums = store.usage(since, by)
+
+    def show(names: str, store: Store, _: list[Settings]) -> None:
+        sums = store.usage(since, by)
         if is_csv:
-            rows += csv_rows(names, by, sums)[bool(rows) :]
+            rows.extend(csv_rows(names, by, sums)[bool(rows) :])
         else:
             click.echo(f"# {names}, since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC")
             click.echo(table(by, sums))
-    if is_csv:
+
+    all_told = ask_logs(mount, show)
+    if rows:
         click.echo(as_csv(rows))
+    finish(all_told)
 
 
 @commands.command("prune")
@@ -145,10 +149,12 @@ def forget(mount: str | None) -> None:
 
     Running servers do so by themselves, once a minute. Running answers and the ledger stay.
     """
-    for names, (settings, *others) in chosen_logs(mount).items():
-        with opened(names, settings) as store:
-            gone = sum(prune(store, each) for each in (settings, *others))
+
+    def forget_old(names: str, store: Store, chosen: list[Settings]) -> None:
+        gone = sum(prune(store, each) for each in chosen)
         click.echo(f"# {names}: {gone:,} {'answer' if gone == 1 else 'answers'} forgotten")
+
+    finish(ask_logs(mount, forget_old))
 
 
 @commands.command("worker", add_help_option=True)

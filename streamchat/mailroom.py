@@ -11,7 +11,9 @@ import click
 from flask.cli import AppGroup
 
 from .letters import Letter, State
-from .opened_logs import chosen_logs, of_mount, opened
+from .opened_logs import ask_logs, finish, of_mount
+from .settings import Settings
+from .store import Store
 
 ROW = "{:36}  {:9}  {:>8}  {:19}  {:15}  {}"
 MOST_AT_ONCE = 100_000  # letters that one command looks at
@@ -28,14 +30,16 @@ def show_letters(state: State | None, limit: int, mount: str | None) -> None:
 
     A dead one is not tried any more: after ten attempts in three days, or because its receiver said so with a 410.
     """
-    for names, (settings, *_) in chosen_logs(mount).items():
-        with opened(names, settings) as store:
-            letters = store.outbox.letters(state, limit)
+
+    def show(names: str, store: Store, _: list[Settings]) -> None:
+        letters = store.outbox.letters(state, limit)
         click.echo(f"# {names}: {len(letters)} shown")
         if letters:
             click.echo(ROW.format("ID", "STATE", "ATTEMPTS", "NEXT (UTC)", "LAST", "HOST").rstrip())
         for letter in letters:
             click.echo(_row(letter))
+
+    finish(ask_logs(mount, show))
 
 
 @webhooks.command("show")
@@ -43,13 +47,18 @@ def show_letters(state: State | None, limit: int, mount: str | None) -> None:
 @of_mount
 def show_letter(id: str, mount: str | None) -> None:
     """Show one webhook as JSON: where it goes, what was tried, and its body."""
-    for names, (settings, *_) in chosen_logs(mount).items():
-        with opened(names, settings) as store:
-            letter = store.outbox.find(id)
-        if letter is not None:
-            click.echo(json.dumps(_document(letter), indent=2))
-            return
-    raise click.ClickException(f"There is no webhook {id}: `flask streamchat webhooks list` shows those that are kept.")
+    found: list[Letter] = []
+
+    def find(_: str, store: Store, __: list[Settings]) -> None:
+        letter = store.outbox.find(id)
+        found.extend([letter] if letter is not None else [])
+
+    ask_logs(mount, find)
+    if not found:
+        raise click.ClickException(
+            f"There is no webhook {id}: `flask streamchat webhooks list` shows those that are kept."
+        )
+    click.echo(json.dumps(_document(found[0]), indent=2))
 
 
 @webhooks.command("replay")
@@ -63,17 +72,17 @@ def replay(ids: tuple[str, ...], dead: bool, mount: str | None) -> None:
     """
     if bool(ids) == dead:
         raise click.UsageError("Name the webhooks to replay, or give --dead.")
-    unknown = set(ids)
-    count = 0
-    for names, (settings, *_) in chosen_logs(mount).items():
-        with opened(names, settings) as store:
-            wanted = [each.id for each in store.outbox.letters("dead", MOST_AT_ONCE)] if dead else ids
-            replayed = [id for id in wanted if store.outbox.replay(id, time.time())]
-        count += len(replayed)
-        unknown -= set(replayed)
-    click.echo(f"{count:,} {'webhook' if count == 1 else 'webhooks'} to be delivered again")
-    if unknown:
+    replayed: list[str] = []
+
+    def replay_here(_: str, store: Store, __: list[Settings]) -> None:
+        wanted = [each.id for each in store.outbox.letters("dead", MOST_AT_ONCE)] if dead else ids
+        replayed.extend(id for id in wanted if store.outbox.replay(id, time.time()))
+
+    all_told = ask_logs(mount, replay_here)
+    click.echo(f"{len(replayed):,} {'webhook' if len(replayed) == 1 else 'webhooks'} to be delivered again")
+    if unknown := set(ids) - set(replayed):
         raise click.ClickException(f"There is no webhook {', '.join(sorted(unknown))}.")
+    finish(all_told)
 
 
 def _row(letter: Letter) -> str:

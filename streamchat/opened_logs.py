@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -13,7 +14,7 @@ from .loop import choose_loop
 from .mount import Mount
 from .settings import Settings, key
 from .store import Store
-from .stores import file_of, open_store
+from .stores import check_store, file_of, open_store
 
 URL = key("store_url")
 
@@ -25,26 +26,58 @@ def mounts_of_app() -> dict[str, Mount]:
     return mounts
 
 
-def chosen_logs(only: str | None) -> dict[str, list[Settings]]:
-    """The settings of each log by the names of its blueprints: several may share one."""
+def ask_logs(only: str | None, ask: Callable[[str, Store, list[Settings]], None]) -> bool:
+    """Asks each log, by the names of the blueprints that share it, with the settings of those that are chosen.
+
+    Of several one that cannot be asked is told on stderr and stops no other; False then. Raises click.ClickException.
+    """
+    logs, all_told = _chosen(only), True
+    for names, chosen in logs.items():
+        try:
+            with _opened(names, chosen[0]) as store:
+                ask(names, store, chosen)
+        except click.ClickException as error:
+            if len(logs) == 1:
+                raise
+            error.show()
+            all_told = False
+    return all_told
+
+
+def finish(all_told: bool) -> None:
+    """Ends the command, with the status 1 where something is missing from what it told."""
+    if not all_told:
+        click.get_current_context().exit(1)
+
+
+def _chosen(only: str | None) -> dict[str, list[Settings]]:
     mounts = mounts_of_app()
     if only is not None and only not in mounts:
         raise click.ClickException(f"There is no blueprint {only}; there is: {', '.join(mounts)}.")
-    chosen = {name: mount.settings for name, mount in mounts.items() if only in (None, name)}
-    names: dict[str, list[str]] = {}
-    for name, settings in chosen.items():
-        if settings.store_url:
-            names.setdefault(settings.store_url, []).append(name)
-    if not names:
+    logs: dict[str, list[str]] = {}
+    for name, mount in mounts.items():
+        if mount.settings.store_url:
+            logs.setdefault(_place(mount.settings), []).append(name)
+    chosen = {
+        " ".join(names): [mounts[name].settings for name in names if only in (None, name)] for names in logs.values()
+    }
+    if not any(chosen.values()):
         raise click.ClickException(f"No answers are kept: set {URL}, such as sqlite:///streamchat.db.")
-    return {" ".join(those): [chosen[name] for name in those] for those in names.values()}
+    return {names: settings for names, settings in chosen.items() if settings}
+
+
+def _place(settings: Settings) -> str:
+    """The same for two spellings of one file."""
+    file = file_of(settings)
+    return settings.store_url if file is None else str(file.resolve())
 
 
 @contextmanager
-def opened(names: str, settings: Settings) -> Iterator[Store]:
+def _opened(names: str, settings: Settings) -> Iterator[Store]:
     """The log's store, closed at the end. What is wrong with it is told in one sentence."""
     _check_lasting(names, settings)
     try:
+        check_store(settings, choose_loop())
         store = open_store(settings, choose_loop())
         assert store is not None
         try:
@@ -65,5 +98,12 @@ def _check_lasting(names: str, settings: Settings) -> None:
             f"The log of {names} is not there yet: {URL} names {file.absolute()}. "
             "A relative path counts from the folder that the command runs in."
         )
+    if file is not None and file.is_file() and not os.access(file, os.R_OK | os.W_OK):
+        raise click.ClickException(
+            f"The log of {names}, {file.absolute()}, may not be opened by this account: "
+            "run the command as the server's."
+        )
     if settings.store_url.startswith("memory:"):
-        raise click.ClickException(f"The log of {names} is in the server's memory: for this, {URL} must name a file.")
+        raise click.ClickException(
+            f"The log of {names} is in the server's memory: for this, {URL} must name a file or a Redis."
+        )

@@ -40,7 +40,8 @@ def csv_rows(store: str, by: str, sums: Sequence[Spent]) -> list[tuple[object, .
 
 def as_csv(rows: Sequence[Sequence[object]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    # Without quotes a lone "\r" in a name would end its row: the csv of Python 3.11 looks at its own line ends only.
+    csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
     return out.getvalue().rstrip("\n")
 
 

@@ -74,7 +74,7 @@ def prune(store: Store, settings: Settings) -> int:
 
 
 def check_store(settings: Settings, loop: Loop) -> None:
-    """At the start. Raises SettingsError as open_store does, for a missing folder, and for a file of something else."""
+    """At the start. Raises SettingsError as open_store does, for a missing folder, and for what is no file of ours."""
     open_store(settings, loop)
     file = file_of(settings)
     if file is not None and not file.parent.is_dir():
@@ -82,5 +82,7 @@ def check_store(settings: Settings, loop: Loop) -> None:
         raise SettingsError(
             f"STREAMCHAT_STORE_URL names a file in {folder}, which is no folder: make it, or name another."
         )
+    if file is not None and file.is_dir():
+        raise SettingsError(f"STREAMCHAT_STORE_URL names {file.absolute()}, which is a folder: name a file in it.")
     if file is not None:
         check_file(str(file))

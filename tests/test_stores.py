@@ -74,6 +74,11 @@ def started(url: str) -> str:
     return caught.value.detail
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    sentence = f"STREAMCHAT_STORE_URL names {tmp_path}, which is a folder: name a file in it."
+    assert started(f"sqlite:///{tmp_path}") == sentence
+
+
 def test_a_folder_that_is_not_there_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sentence = "STREAMCHAT_STORE_URL names a file in {}, which is no folder: make it, or name another."

@@ -122,9 +122,10 @@ def test_no_user_id_breaks_a_row_or_commands_the_terminal() -> None:
     lines = table("user", [Spent("", 1, 1, 1, 1, 0), Spent("a\n\x1b[2Jb", 1, 1, 1, 1, 0)]).splitlines()
     assert len(lines) == 4
     assert lines[1].startswith("(no user) ") and lines[2].startswith(r"'a\n\x1b[2Jb' ")
-    rows = csv_rows("streamchat", "user", [Spent('a "quoted", \n one', 1, 1, 1, 1, 0), Spent("\ud800", 1, 1, 1, 1, 0)])
-    names = [row[1] for row in csv.reader(io.StringIO(as_csv(rows)))]
-    assert names == ["user", 'a "quoted", \n one', "\\ud800"]
+    names = ['a "quoted", \n one', "a\rb", "a\r\nb", "7"]
+    rows = csv_rows("streamchat", "user", [Spent(name, 1, 1, 1, 1, 0) for name in (*names, "\ud800")])
+    read = [row[1] for row in csv.reader(io.StringIO(as_csv(rows), newline=""))]
+    assert read == ["user", *names, "\\ud800"]
 
 
 def test_each_log_has_its_section_and_one_that_two_share_comes_once(upstream: FakeUpstream, tmp_path: Path) -> None:
@@ -141,11 +142,44 @@ def test_each_log_has_its_section_and_one_that_two_share_comes_once(upstream: Fa
         assert [line.split()[1] for line in lines if line.startswith("total")] == ["2", "1"]
         assert [row[0] for row in csv.reader(printed(shop.app, "usage", "--csv"))] == ["blueprints", "one three", "two"]
         assert printed(shop.app, "usage", "--mount", "two")[0].startswith("# two, since ")
+        assert printed(shop.app, "usage", "--mount", "three")[0].startswith("# one three, since ")
         assert printed(shop.app, "prune") == ["# one three: 0 answers forgotten", "# two: 0 answers forgotten"]
         unknown = run(shop.app, "usage", "--mount", "four")
         assert (unknown.exit_code, unknown.stdout) == (1, "")
         assert unknown.stderr == "Error: There is no blueprint four; there is: one, two, three, none.\n"
         assert run(shop.app, "usage", "--mount", "none").exit_code == 1
+
+
+def test_two_spellings_of_one_file_are_one_log(
+    upstream: FakeUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def build(app: Flask) -> None:
+        for name, path in (("one", "a.db"), ("two", f"{tmp_path}/a.db")):
+            StreamChat(app, name=name, url_prefix=f"/{name}", public=True, store_url=f"sqlite:///{path}")
+
+    with open_shop(build) as shop:
+        assert shop.ask(url="/one/get-response").status_code == 200
+        assert [line.split(",")[0] for line in printed(shop.app, "usage") if line.startswith("#")] == ["# one two"]
+
+
+@pytest.mark.parametrize("options", [["usage"], ["usage", "--csv"], ["prune"], ["webhooks", "list"]])
+def test_a_log_that_cannot_be_asked_hides_no_other(options: list[str], upstream: FakeUpstream, tmp_path: Path) -> None:
+    def build(app: Flask) -> None:
+        for name, url in (
+            ("one", "memory://"),
+            ("two", f"sqlite:///{tmp_path}/a.db"),
+            ("three", "redis://127.0.0.1:9"),
+        ):
+            StreamChat(app, name=name, url_prefix=f"/{name}", public=True, store_url=url)
+
+    with open_shop(build) as shop:
+        assert shop.ask(url="/two/get-response").status_code == 200
+        result = run(shop.app, *options)
+    assert (result.exit_code, "two" in result.stdout) == (1, True)
+    assert "The log of one is in the server's memory" in result.stderr
+    assert "The log of three does not answer" in result.stderr
 
 
 def test_old_answers_are_forgotten_and_counted_and_their_cost_is_not(upstream: FakeUpstream, file: str) -> None:
@@ -163,7 +197,8 @@ def test_old_answers_are_forgotten_and_counted_and_their_cost_is_not(upstream: F
         ("", "Error: No answers are kept: set STREAMCHAT_STORE_URL, such as sqlite:///streamchat.db."),
         (
             "memory://",
-            "Error: The log of streamchat is in the server's memory: for this, STREAMCHAT_STORE_URL must name a file.",
+            "Error: The log of streamchat is in the server's memory: for this, STREAMCHAT_STORE_URL must name a file "
+            "or a Redis.",
         ),
         ("redis://127.0.0.1:9", "Error: The log of streamchat does not answer: see STREAMCHAT_STORE_URL."),
     ],
@@ -187,6 +222,19 @@ def test_a_file_that_is_not_there_is_named_and_not_made(command: str, upstream: 
         f"Error: The log of streamchat is not there yet: STREAMCHAT_STORE_URL names {file}. "
     )
     assert not file.exists()
+
+
+@pytest.mark.parametrize("command", ["usage", "prune"])
+def test_a_file_of_another_account_is_told_with_the_cure(
+    command: str, upstream: FakeUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "log.db"
+    with shop_with(f"sqlite:///{file}") as shop:
+        ask(shop, "ann")
+        monkeypatch.setattr("os.access", lambda *_: False)  # root may open all
+        result = run(shop.app, command)
+    sentence = f"The log of streamchat, {file}, may not be opened by this account: run the command as the server's."
+    assert (result.exit_code, result.stderr) == (1, f"Error: {sentence}\n")
 
 
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01", "7", "d", "-7d", "\u0667d"])
