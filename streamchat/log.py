@@ -17,6 +17,7 @@ from .cancellation import Cancellation
 from .errors import Cancelled, Interrupted, LeaseLost, StoreDown
 from .events import Failure
 from .lease import Lease
+from .ledger import Record
 from .loop import Loop
 from .sheet import Sheet
 from .store import LIVE, Entry, Kept, Limits, Store
@@ -262,12 +263,12 @@ class Log:
             self.wake()  # whoever makes it may be dead: this process looks, too
         return kept
 
-    def cancel(self, id: str) -> None:
-        """Stops an answer, here or wherever it is made. Raises StoreDown where it is not made here."""
-        if id in self.running:
-            self._cancelled(id)
-        else:
-            self.store.cancel(id)
+    def cancel(self, id: str) -> Record | None:
+        """Stops an answer, wherever it is made; the record of one that ends in its queue. Raises StoreDown."""
+        if id not in self.running:
+            return self.store.cancel(id)
+        self._cancelled(id)
+        return None
 
     def wake(self) -> None:
         """Takes the lease before the first answer: what a process that died left behind is ended from now on."""

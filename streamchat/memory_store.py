@@ -127,14 +127,17 @@ class MemoryStore:
             self._listeners.add(listener)
         return listener
 
-    def cancel(self, id: str) -> None:
+    def cancel(self, id: str) -> Record | None:
         with self._changed:
             answer = self._answers.get(id)
             if answer is not None and answer.status == "queued":
-                self._finish(answer, *withdrawn(unfinished(answer), time.time()))
-            elif answer is not None and answer.is_live:
+                last, ending = withdrawn(unfinished(answer), time.time())
+                self._finish(answer, last, ending)
+                return ending.record
+            if answer is not None and answer.is_live:
                 answer.is_cancelled = True
                 self._changed.notify_all()
+        return None
 
     def attend(self, ids: Collection[str]) -> None:
         with self._changed:

@@ -216,6 +216,12 @@ class Mount:
         if database is not None:
             database.session.close()
 
+    def cancel(self, id: str) -> None:
+        """Stops an answer, wherever it is made. Raises StoreDown where that is not here."""
+        record = self.log.cancel(id)
+        if record is not None:  # nobody else tells of what nobody made
+            self._told(record, "")
+
     def _told(self, record: Record, text: str) -> None:
         log_record(record)
         for each in self._observers:

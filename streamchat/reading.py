@@ -54,7 +54,7 @@ def cancel_response(id: str) -> Response:
     def view(mount: Mount, _: str, __: Dialect) -> Response:
         kept = mount.find(id, mount.user(request))
         if kept.status in LIVE:
-            mount.log.cancel(id)
+            mount.cancel(id)
             kept = _ended(mount, kept)
         return _told_whole(mount, kept)
 

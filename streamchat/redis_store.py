@@ -28,6 +28,7 @@ from .errors import (
     StreamChatError,
     TooManyStreams,
 )
+from .ledger import Record
 from .redis_doubts import Doubts
 from .redis_listener import RedisListener
 from .redis_lua import Script
@@ -178,9 +179,11 @@ class RedisStore:
     def listen(self, owner: str) -> RedisListener:
         return RedisListener(self._link, self._prefix, owner)
 
-    def cancel(self, id: str) -> None:
-        while self._run(queue_lua.CANCEL, id) and not self._end(id, withdrawn):
-            pass  # it was begun meanwhile
+    def cancel(self, id: str) -> Record | None:
+        while self._run(queue_lua.CANCEL, id):
+            if record := self._end(id, withdrawn):
+                return record
+        return None  # or it was begun meanwhile
 
     def attend(self, ids: Collection[str]) -> None:
         if ids:
@@ -193,13 +196,14 @@ class RedisStore:
     def reap(self) -> list[str]:
         return [id for id in map(bytes.decode, self._run(queue_lua.DEAD, MOST_CLAIMS)) if self._end(id, interrupted)]
 
-    def _end(self, id: str, how: Callable[[Unfinished, float], tuple[Batch, Ending]]) -> bool:
-        """False where it ended meanwhile, or another one has it."""
+    def _end(self, id: str, how: Callable[[Unfinished, float], tuple[Batch, Ending]]) -> Record | None:
+        """Its record; None where it ended meanwhile, or another one has it."""
         owner, answer = unfinished_of(id, self._link.call("HMGET", self._key("answer:", id), *UNFINISHED))
         if answer.events:
             answer = replace(answer, chars=chars_of(batch.payload for batch in self.read(id, -1)))
         last, ending = how(answer, time.time())
-        return bool(self._run(queue_lua.END, self._keep, owner, answer.events, last.payload, *settled(ending)))
+        ended = self._run(queue_lua.END, self._keep, owner, answer.events, last.payload, *settled(ending))
+        return ending.record if ended else None
 
     def usage(self, since: float, by: Literal["user", "model", "day"]) -> list[Spent]:
         sums: dict[str, Counter[str]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bookkeeping import Unfinished, chars_of, withdrawn
-from .ledger import FIELDS
+from .ledger import FIELDS, Record
 from .sqlite_file import bound, unbound
 from .sqlite_outbox import put
 from .sqlite_schema import Connection
@@ -61,12 +61,15 @@ def finish(connection: Connection, nr: int, last: tuple[Batch, Ending], now: flo
     end(connection, nr, ending, now)
 
 
-def cancel(connection: Connection, id: str) -> None:
-    """Tells the owner; what is queued, claimed or not, ends here."""
+def cancel(connection: Connection, id: str) -> Record | None:
+    """Tells the owner; what is queued, claimed or not, ends here, with the record that is returned."""
     connection.execute(STOPPED, (bound(id),))
     if connection.changes():
-        return
+        return None
     row = connection.execute(f"{UNFINISHED} WHERE id = ? AND status = 'queued'", (bound(id),)).fetchone()
-    if row is not None:
-        found, now = orphan(connection, row), time.time()
-        finish(connection, found.nr, withdrawn(found.answer, now), now)
+    if row is None:
+        return None
+    found, now = orphan(connection, row), time.time()
+    last = withdrawn(found.answer, now)
+    finish(connection, found.nr, last, now)
+    return last[1].record

@@ -14,6 +14,7 @@ from typing import Literal
 from .bookkeeping import DAY, interrupted, is_over, midnight, needs_count, unseen
 from .errors import BudgetExhausted, IdempotencyMismatch, LeaseLost, TooManyStreams
 from .events import Usage
+from .ledger import Record
 from .loop import Lane
 from .sqlite_endings import PIECE, cancel, end, finish
 from .sqlite_file import File, bound, unbound
@@ -56,7 +57,7 @@ LIVE_OF_LIVING = "FROM answers WHERE ended_at IS NULL AND owner IN (SELECT value
 class SqliteStore:
     """`Store` in a file. `lane` makes native threads; `lease` is in seconds of `clock`.
 
-    Raises SettingsError where apsw is missing or its SQLite too old, and at the first use for a file that is not ours.
+    Raises SettingsError where apsw is missing or its SQLite too old. A file that is not ours is down.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class SqliteStore:
     def listen(self, owner: str) -> SqliteListener:
         return SqliteListener(self._reader, owner)
 
-    def cancel(self, id: str) -> None:
-        self._writer.run(lambda connection: cancel(connection, id))
+    def cancel(self, id: str) -> Record | None:
+        return self._writer.run(lambda connection: cancel(connection, id))
 
     def attend(self, ids: Collection[str]) -> None:
         told = """

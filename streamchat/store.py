@@ -255,10 +255,11 @@ class Store(Protocol):
 
     def listen(self, owner: str) -> Listener: ...
 
-    def cancel(self, id: str) -> None:
+    def cancel(self, id: str) -> Record | None:
         """Tells the owner of a live answer; its listener hears of it within 1 s. Nothing for others. Idempotent.
 
-        One that is queued ends at once, claimed or not: with the event `cancelled`, a record and its letter.
+        One that is queued ends at once, claimed or not: with the event `cancelled`, its letter, and the record that is
+        returned.
         """
 
     def attend(self, ids: Collection[str]) -> None:

@@ -218,8 +218,9 @@ class QueueContract:
         listener.add(answer.id)
         if claimed:
             store.claim(owner, "jobs", 1)
-        another.cancel(answer.id)
-        another.cancel(answer.id)
+        record = another.cancel(answer.id)
+        assert record is not None and (record.id, record.outcome) == (answer.id, "cancelled")
+        assert another.cancel(answer.id) is None
         found = store.find(answer.id)
         assert found is not None
         assert (found.status, found.error, found.next) == ("cancelled", "cancelled", 1)

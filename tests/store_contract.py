@@ -544,8 +544,8 @@ class StoreContract:
         answer = entry(owner)
         store.admit(answer, NONE)
         mine, theirs = store.listen(owner), another.listen(other)
-        another.cancel(answer.id)
-        another.cancel(answer.id)
+        assert another.cancel(answer.id) is None
+        assert another.cancel(answer.id) is None
         _, stopped = heard(mine, lambda _, found: bool(found))
         assert stopped == [answer.id]
         store.write(owner, [texts(answer.id, 0, 1)], [])

@@ -274,6 +274,9 @@ def test_a_queued_answer_is_cancelled_and_never_asked_for(shop: Shop, upstream: 
     with working(shop) as worker:
         worker.look()
     assert (state(shop, id)["status"], upstream.requests) == ("cancelled", [])
+    assert post(shop, f"/responses/{id}/cancel").json["status"] == "cancelled"  # type: ignore[index]
+    record = shop.the_record()
+    assert (record.id, record.outcome, record.output_tokens) == (id, "cancelled", 0)
 
 
 def test_a_running_answer_is_cancelled(shop: Shop, upstream: FakeUpstream) -> None:

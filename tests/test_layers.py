@@ -68,7 +68,7 @@ LAYERS = {
     ),
     "redis_store": Layer(
         2,
-        "bookkeeping errors redis_doubts redis_link redis_listener redis_lua redis_outbox redis_queue_scripts"
+        "bookkeeping errors ledger redis_doubts redis_link redis_listener redis_lua redis_outbox redis_queue_scripts"
         " redis_rows redis_scripts store",
     ),
     "memory_listener": Layer(2, "store"),
@@ -86,7 +86,7 @@ LAYERS = {
     "sqlite_upkeep": Layer(2, "sqlite_endings sqlite_file sqlite_leases sqlite_outbox sqlite_schema store"),
     "sqlite_store": Layer(
         2,
-        "bookkeeping errors events loop sqlite_endings sqlite_file sqlite_leases sqlite_listener sqlite_outbox"
+        "bookkeeping errors events ledger loop sqlite_endings sqlite_file sqlite_leases sqlite_listener sqlite_outbox"
         " sqlite_queue sqlite_schema sqlite_taking sqlite_upkeep store",
     ),
     "connection": Layer(1, "cancellation loop", "httpx2 httptools"),
@@ -107,7 +107,7 @@ LAYERS = {
     "sheet": Layer(2, "cancellation errors events loop store"),
     "tail": Layer(2, "errors events loop sheet store"),
     "lease": Layer(2, "errors loop store tail"),
-    "log": Layer(2, "bookkeeping cancellation errors events lease loop sheet store tail"),
+    "log": Layer(2, "bookkeeping cancellation errors events lease ledger loop sheet store tail"),
     "opening": Layer(3, "cancellation events loop"),
     "tally": Layer(3, "events ledger"),
     "order": Layer(3, "errors events prompt"),
@@ -140,7 +140,7 @@ LAYERS = {
     "sender": Layer(3, "attempts delivery errors letters log loop settings webhooks"),
     "background": Layer(
         4,
-        "cancellation encoders ending errors hangup jobs live log loop mount order schema sender sheet store",
+        "cancellation encoders ending errors hangup jobs live loop mount order schema sender sheet store",
         "flask",
     ),
     "spending": Layer(3, "store"),
@@ -150,11 +150,11 @@ LAYERS = {
     "diagnosis": Layer(3, "findings measurements remedies"),
     "doctor": Layer(2, "measurements", "httpx2"),
     "opened_logs": Layer(4, "errors loop mount settings store stores", "click flask"),
-    "mailroom": Layer(4, "letters opened_logs", "click flask"),
+    "mailroom": Layer(4, "letters opened_logs settings store", "click flask"),
     "worker": Layer(5, "background errors mount", "flask"),
     "cli": Layer(
         5,
-        "diagnosis diagnostics doctor mailroom mount opened_logs settings spending stores worker",
+        "diagnosis diagnostics doctor mailroom mount opened_logs settings spending store stores worker",
         "click flask",
     ),
     "page": Layer(4, "mount", "flask"),

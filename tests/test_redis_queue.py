@@ -12,6 +12,7 @@ import pytest
 from streamchat.attempts import Next
 from streamchat.envelopes import letter_id
 from streamchat.errors import LeaseLost, StoreDown, TooManyStreams
+from streamchat.ledger import Record
 from streamchat.redis_doubts import NAMED_FOR, Doubts
 from streamchat.redis_store import RedisStore
 from streamchat.store import Entry, Kept, Limits
@@ -290,7 +291,7 @@ def test_what_is_begun_while_it_is_cancelled_is_told_to_its_owner(
     listener = store.listen(owner)
     end = another._end
 
-    def late(*asked: object) -> bool:
+    def late(*asked: object) -> Record | None:
         assert store.begin(owner, answer.id)
         return end(*asked)  # type: ignore[arg-type]
 
