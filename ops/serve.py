@@ -191,9 +191,13 @@ ask:   curl -N {address}/api/get-response{token} -H 'Content-Type: application/j
 
 
 def _kept(environment: Mapping[str, str]) -> str:
-    is_ours = environment["STREAMCHAT_STORE_URL"] == _own_log()
-    return (
-        f"kept:  answers, for a day, in {STATE.name}/{LOG}; none where STREAMCHAT_STORE_URL is empty\n"
-        if is_ours
-        else ""
-    )
+    """And how the log is summed from another shell: the command is the app's, which starts only with these settings."""
+    if environment["STREAMCHAT_STORE_URL"] != _own_log():
+        return ""
+    seconds = environment.get("STREAMCHAT_RETENTION")
+    long = f"{seconds} s" if seconds else "a day"
+    return f"""\
+kept:  answers, for {long}, in {STATE.name}/{LOG}; none where STREAMCHAT_STORE_URL is empty
+sums:  OPENAI_API_KEY=x STREAMCHAT_PUBLIC=true STREAMCHAT_STORE_URL=sqlite:///{STATE.name}/{LOG} \\
+       .venv/bin/flask --app wsgi streamchat usage
+"""

@@ -197,9 +197,8 @@ def _from_variable(name: str, value: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
+        if isinstance(setting.default, (int, float)):
+            return value  # its check says what would be one
         shown = "its value" if setting.metadata["secret"] else repr(value)
-        raise SettingsError(f"{name} must be JSON, such as {_example(setting.default)}, not {shown}.") from None
-
-
-def _example(default: Any) -> str:
-    return '["a", "b"]' if isinstance(default, tuple) else json.dumps(default)
+        example = '{"name": "token"}' if setting.name == "tokens" else '["a", "b"]'
+        raise SettingsError(f"{name} must be JSON, such as {example}, not {shown}.") from None

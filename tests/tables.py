@@ -20,6 +20,7 @@ from streamchat import errors, events
 from streamchat.cli import commands
 from streamchat.client_encoders import OpenAiEncoder, UiEncoder
 from streamchat.encoders import Encoder, JsonEncoder, NdjsonEncoder, SseEncoder, TextEncoder
+from streamchat.mailroom import webhooks
 from streamchat.settings import TABLE, key
 from tests.documents import table
 
@@ -285,8 +286,10 @@ def _method(rule: Any) -> str:
 
 def commands_table() -> str:
     rows = [
-        (f"`{_usage(name, command)}`", _sentence(command.callback))
-        for name, command in sorted(commands.commands.items())
+        (f"`{_usage(f'{before}{name}', command)}`", _sentence(command.callback))
+        for before, group in (("", commands), ("webhooks ", webhooks))
+        for name, command in sorted(group.commands.items())
+        if command.callback is not None
     ]
     return table(("command", ""), rows)
 

@@ -55,7 +55,7 @@ REFUSALS: dict[str, tuple[Mapping[str, str], str]] = {
     ),
     "a bad grace": (
         {"STREAMCHAT_GRACE": "soon"},
-        "STREAMCHAT_GRACE must be JSON, such as 120.0, not 'soon'.",
+        "STREAMCHAT_GRACE must be a number of seconds from 1 to 86400, not 'soon'.",
     ),
     "an unknown setting": (
         {"STREAMCHAT_IDEL_TIMEOUT": "5"},
