@@ -20,7 +20,7 @@ from .errors import InvalidRequest, StreamChatError
 from .events import ENDS, Event, Failure, Finish, Start
 from .hangup import Caller
 from .mount import Mount
-from .replay import Replay
+from .replay import Replay, past_the_end
 from .responses import ANSWER, HEADERS, in_dialect, streamed
 from .store import LIVE, Batch, Kept, unpack
 
@@ -127,9 +127,7 @@ def _beginning(mount: Mount, kept: Kept, after: int) -> int | None:
     if after == last:
         return None if isinstance(end, ENDS) else after
     if isinstance(end, Finish):
-        raise InvalidRequest(
-            f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.'
-        )
+        raise past_the_end(last)
     return last - 1 if isinstance(end, Failure) else after
 
 

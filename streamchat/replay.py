@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from .cancellation import Cancellation
 from .encoders import Encoder
 from .ending import broken, error_of
-from .errors import CallerGone, CallerStalled, Gap, Interrupted, StoreDown, StreamChatError
-from .events import ENDS, Event, Failure
+from .errors import CallerGone, CallerStalled, Gap, Interrupted, InvalidRequest, StoreDown, StreamChatError
+from .events import ENDS, Event, Failure, Finish
 from .hangup import Caller
 from .live import Live
 from .log import Log
@@ -61,6 +61,7 @@ class Replay:
         self._look_at = self.started + LOOK
         self._words = words
         self._tail: Tail | None = None
+        self._finish: int | None = None  # the seq of an end that the reader has, and the log had not yet
         self._released = False
         self._caller_fd = caller.fileno()
 
@@ -163,6 +164,10 @@ class Replay:
             if beyond:
                 missing, beyond = self._in_order([*self._read(), *beyond], again=True)
                 told += missing
+            if self._finish is not None:
+                if self._finish < self._next - 1:
+                    raise past_the_end(self._finish)
+                return
             if told or news is None:
                 self._due = time.monotonic() + self._heartbeat
                 yield told or None
@@ -184,7 +189,7 @@ class Replay:
                 self._look_at = now + LOOK
                 if self._has_ended():
                     self._leave_tail()  # nobody will tell any more: what there is stands in the log
-                    return self._read()
+                    return self._read() or self._last()
             if now >= self._due:
                 return None
         raise Gap
@@ -216,6 +221,11 @@ class Replay:
     def _read(self) -> News:
         return [told for batch in self._log.store.read(self.kept.id, self._next - 1) for told in _unpacked(batch)]
 
+    def _last(self) -> News:
+        found = self._log.store.find(self.kept.id)
+        batches = self._log.store.read(self.kept.id, found.next - 2) if found is not None else []
+        return [told for batch in batches for told in _unpacked(batch)][-1:]
+
     def _in_order(self, news: News, *, again: bool = False) -> tuple[News, News]:
         """Those that follow each other from where the reader stands, up to an end; and those beyond a gap.
 
@@ -224,6 +234,9 @@ class Replay:
         told: News = []
         for place, (seq, event) in enumerate(news):
             failed = isinstance(event, Failure)
+            if isinstance(event, Finish) and seq < self._next:
+                self._finish = seq  # its reader was told it before the log had it: that took too long
+                break
             if seq > self._next and not (failed and again):
                 return told, news[place:]
             if seq == self._next or failed:
@@ -249,6 +262,11 @@ class Replay:
     def close(self, error: StreamChatError | None = None) -> None:
         self.cancellation.cancel(error or Interrupted())
         self.release()
+
+
+def past_the_end(last: int) -> InvalidRequest:
+    """A reader who says to have more events than a whole answer has."""
+    return InvalidRequest(f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.')
 
 
 def _give_way() -> None:

@@ -26,7 +26,7 @@ from tests.fake_upstream import (
     text,
     usage_chunk,
 )
-from tests.keeping import FaultyStore, ask, expect_settled, get, get_bytes, keeping_shop, post
+from tests.keeping import Block, FaultyStore, ask, expect_settled, get, get_bytes, keeping_shop, post
 from tests.shop import (
     NDJSON,
     SSE,
@@ -359,6 +359,25 @@ def test_an_end_that_nobody_told_is_found_in_the_store(
             seen += read_until(sock, b"0\r\n\r\n")
         assert [event["seq"] for event in events_in(NDJSON, seen)] == [0, 1, 2, 3]
         read_all_chunks(caller)
+
+
+def test_who_has_read_finish_and_comes_back_before_the_log_has_it_is_told_no_error(
+    upstream: FakeUpstream, here: Shop, there: Shop, store: FaultyStore
+) -> None:
+    gate, upstream.script = gated()
+    with serve(here.app) as port, serve(there.app) as other, Started(port) as caller:
+        slow = store.before["write"] = Block()
+        gate.open()
+        read_until(caller.sock, b'"finish"')  # after a warning
+        path = f"/responses/{caller.id}/stream?after=3"
+        readers = [call(each, get_bytes(path, NDJSON)) for each in (port, other)]
+        read_until(readers[1], b"heartbeat")
+        store.before.clear()
+        slow.open()
+        bodies = [read_until(sock, b"0\r\n\r\n") for sock in readers]
+        for sock in readers:
+            sock.close()
+    assert [events_in(NDJSON, body) for body in bodies] == [[], []]
 
 
 # --- cancelling

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamchat.encoders import ENCODERS
-from streamchat.errors import Gap, Interrupted, StoreDown, StreamChatError
+from streamchat.errors import Gap, Interrupted, InvalidRequest, StoreDown, StreamChatError
 from streamchat.events import Event, Failure, Finish, Start, Text
 from streamchat.hangup import Caller
 from streamchat.live import Live
@@ -117,6 +117,38 @@ def test_a_gap_between_two_pieces_of_news_is_read_again_too(reading: Reading) ->
     reading.faulty.read = empty_first  # type: ignore[attr-defined]
     assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "finish")]
     assert calls == [-1, 0]
+
+
+def test_who_has_the_end_before_the_log_has_it_is_told_that_it_is_over(reading: Reading) -> None:
+    """The store was slow at the end: the caller was told it after a warning, and came back at once."""
+    id = reading.answer()
+    reading.write(0, A, B)
+    replay = reading.replay(id, after=2)
+    reading.write(2, FINISH)
+    assert told(replay) == []
+    assert told(reading.replay(id, after=1)) == [(2, "finish")]
+
+
+def test_so_is_a_reader_to_whom_nobody_told_the_end(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamchat.replay.LOOK", 0.1)
+    id = reading.answer()
+    reading.write(0, A, B)
+    replay = reading.replay(id, after=2)
+    (listener,) = reading.store._listeners
+    listener.drop(id)
+    reading.write(2, FINISH)
+    assert told(replay) == []
+
+
+def test_who_says_to_have_more_of_a_running_answer_than_there_will_be_is_told_so(reading: Reading) -> None:
+    id = reading.answer()
+    reading.write(0, A, B)
+    whole, stream = reading.replay(id, after=3, accept=TEXT), reading.replay(id, after=3)
+    reading.write(2, FINISH)
+    with pytest.raises(InvalidRequest, match='"after" and Last-Event-ID must be at most 2,'):
+        next(whole.stream())
+    with pytest.raises(ConnectionResetError):  # the status is told already: a reader who comes back gets a 400
+        b"".join(stream.stream())
 
 
 def test_what_is_missing_for_good_is_a_gap(reading: Reading) -> None:
