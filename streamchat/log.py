@@ -14,11 +14,11 @@ from dataclasses import replace
 
 from .bookkeeping import Unfinished, interrupted
 from .cancellation import Cancellation
-from .errors import Cancelled, Interrupted, LeaseLost, StoreDown
-from .events import Failure
+from .errors import Cancelled, LeaseLost, StoreDown, StreamChatError
 from .lease import Lease
 from .ledger import Record
 from .loop import Loop
+from .pruning import Pruning
 from .sheet import Sheet
 from .store import LIVE, Entry, Kept, Limits, Store
 from .tail import Tail, Tails
@@ -30,10 +30,7 @@ GATHER = 0.075  # seconds: with the time of a write, below the 100 ms that the l
 AGAIN = 0.1  # seconds until the store is asked again after it failed
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
 MOST_OF_GROUP = 4 << 20  # bytes of one transaction
-MOST_ABANDONED = 1000  # answers that a silent store may have, and whose end is still to be told
-PRUNE_AFTER = 5.0  # seconds after the first answer, which has other things to do
-PRUNE_EVERY = 60.0  # seconds from the end of one to the next
-LAST_EVENT = Failure(Interrupted.code, Interrupted.text, Interrupted.retryable)
+MOST_ABANDONED = 1000  # answers that a silent store may have, and is to forget
 CLOSE_WITHIN = 2.5  # seconds: more than the 2 in which a store answers
 
 
@@ -42,14 +39,14 @@ class Log:
 
     def __init__(self, store: Store, loop: Loop, lease: float, prune: Callable[[], object] = lambda: None) -> None:
         self.store = store
-        self._prune = prune
         self.waiting_bytes = 0
         self.running: dict[str, Sheet] = {}
         self.tails = Tails(store, loop, self._cancelled)
         self._loop = loop
         self.lease = Lease(store, loop, lease, self.tails, self._begin, self._lost)
         self._dirty: dict[Sheet, None] = {}
-        self._news, self._hurry, self._stop = loop.bell(), loop.bell(), loop.bell()
+        self._news, self._hurry = loop.bell(), loop.bell()
+        self._pruning = Pruning(loop, prune)
         self._counting = loop.lock()  # reentrant: the collector may end an answer while it is held
         self._tasks: list[threading.Event] = []  # set when they have ended
         self._closed = False
@@ -93,10 +90,13 @@ class Log:
                 raise
             sheet.give_up()
             return asked.id, sheet
-        except BaseException as error:
+        except StreamChatError as error:
             self.running.pop(asked.id, None)
             if isinstance(error, LeaseLost):
                 self.lease.lose(owner)
+            raise
+        except BaseException:  # a killed greenlet: the store does it all the same
+            self._abandon(sheet, asked)
             raise
         if id != asked.id:
             self.running.pop(asked.id, None)
@@ -107,15 +107,15 @@ class Log:
         return id, sheet
 
     def _abandon(self, sheet: Sheet, asked: Entry) -> None:
-        """The store may have the answer that it said nothing about: it is told the end, to give back slot and key."""
+        """The store may have the answer that it said nothing about: it is told to forget it, with its slot and key."""
         if len(self._dirty) < MOST_ABANDONED:
             _, ending = interrupted(Unfinished(asked.id, asked.user, asked.model, asked.created_at), time.time())
-            sheet.end(LAST_EVENT, ending, 0)
+            sheet.retract(replace(ending, retracted=True))
         else:
             self.running.pop(sheet.id, None)
 
     def _begin(self) -> None:
-        for task in (self._write_on, self.lease.keep, self._prune_on):
+        for task in (self._write_on, self.lease.keep, self._pruning.keep):
             self._start(task)
 
     def _start(self, task: Callable[[], None]) -> None:
@@ -129,17 +129,6 @@ class Log:
                 ended.set()
 
         self._loop.spawn(run)
-
-    def _prune_on(self) -> None:
-        """Has old answers forgotten, now and then: beside the lease, whose beats a large log must not hold up."""
-        self._stop.wait(time.monotonic() + PRUNE_AFTER)
-        while not self._closed:
-            try:
-                with contextlib.suppress(StoreDown):  # the next time is early enough
-                    self._prune()
-            except Exception:  # a bug in a store: others still are to be forgotten
-                logger.exception("the response log failed")
-            self._stop.wait(time.monotonic() + PRUNE_EVERY)
 
     def _note(self, sheet: Sheet, size: int, urgent: bool) -> None:
         """Something of the sheet waits to be written, `size` bytes more than before."""
@@ -290,7 +279,8 @@ class Log:
         due = time.monotonic() + CLOSE_WITHIN
         self._closed = True
         self.lease.stop()
-        for bell in (self._news, self._hurry, self._stop):
+        self._pruning.stop()
+        for bell in (self._news, self._hurry):
             bell.ring()
         for ended in self._tasks:
             ended.wait(max(0.0, due - time.monotonic()))

@@ -241,6 +241,10 @@ class MemoryStore:
         self._end(answer, ending)
 
     def _end(self, answer: MemoryAnswer, ending: Ending) -> None:
+        if ending.retracted:
+            self._answers.pop(ending.id)
+            self._keys = {key: entry for key, entry in self._keys.items() if entry.id != ending.id}
+            return
         answer.status, answer.ending, answer.ended_at = ending.status, ending, time.time()
         self._ledger.setdefault(ending.record.id, ending.record)
         self.outbox.put(ending.letter)

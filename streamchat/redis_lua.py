@@ -122,6 +122,21 @@ end
 )
 
 
+# An answer that is not made after all.
+TAKE_BACK = """
+local function take_back(id)
+  local answer = P .. 'answer:' .. id
+  local row = call('HMGET', answer, 'by', 'key', 'chatkey', 'owner')
+  call('SREM', P .. 'live:' .. row[4], id)
+  call('SREM', P .. 'cancels:' .. row[4], id)
+  call('HDEL', P .. 'slots:' .. row[1], id)
+  if call('HGET', P .. 'key:' .. row[2], 'id') == id then call('DEL', P .. 'key:' .. row[2]) end
+  if call('GET', P .. 'chat:' .. row[3]) == id then call('DEL', P .. 'chat:' .. row[3]) end
+  call('DEL', answer)
+end
+"""
+
+
 class Script:
     """A Lua script and the name that Redis gives it."""
 

@@ -15,6 +15,7 @@ from .store import Batch, Ending, Entry, Kept
 
 AT_ONCE = 500  # ids or records in one command: Redis serves nobody else meanwhile
 ROW = ("user", "chat", "model", "created", "status", "owner", "next", "told")
+RETRACTED = "retracted"  # in place of a status: redis_scripts.WRITE
 UNFINISHED = ("owner", "user", "model", "created", "next", "queue", "target")
 
 
@@ -50,7 +51,8 @@ def settled(ending: Ending) -> list[str | int | bytes]:
     tokens = record.input_tokens + record.output_tokens
     letter = _posted(ending.letter) if ending.letter else []
     day = day_of(record.started)
-    return [ending.id, ending.status, told, day, tokens, json.dumps(asdict(record)), len(letter), *letter]
+    status = RETRACTED if ending.retracted else ending.status
+    return [ending.id, status, told, day, tokens, json.dumps(asdict(record)), len(letter), *letter]
 
 
 def _posted(letter: Letter) -> list[str | bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .redis_lua import ENDS, Script
+from .redis_lua import ENDS, TAKE_BACK, Script
 
 # owner, milliseconds
 TAKE_LEASE = Script("""
@@ -12,24 +12,21 @@ call('SET', P .. 'owner:' .. ARGV[1], '', 'PX', ARGV[2])
 
 # owner, milliseconds, then ids and attempts of admissions whose outcome this process never learned: none of them runs,
 # but one that waits in a queue may have been claimed. That one is taken back although its owner is dead.
-RENEW = Script("""
+RENEW = Script(
+    TAKE_BACK
+    + """
 local alive = call('PEXPIRE', P .. 'owner:' .. ARGV[1], ARGV[2])
 for i = 3, #ARGV, 2 do
-  local id = ARGV[i]
-  local row = call('HMGET', P .. 'answer:' .. id, 'attempt', 'next', 'by', 'key', 'chatkey', 'owner', 'status',
-                   'queuekey')
-  local waits = row[6] == '' and row[7] == 'queued'
-  if row[1] == ARGV[i + 1] and row[2] == '0' and (waits or alive == 1 and not row[8]) then
-    if waits then call('ZREM', P .. 'queue:' .. row[8], id) end
-    call('SREM', P .. 'live:' .. row[6], id)
-    call('HDEL', P .. 'slots:' .. row[3], id)
-    if call('HGET', P .. 'key:' .. row[4], 'id') == id then call('DEL', P .. 'key:' .. row[4]) end
-    if call('GET', P .. 'chat:' .. row[5]) == id then call('DEL', P .. 'chat:' .. row[5]) end
-    call('DEL', P .. 'answer:' .. id)
+  local row = call('HMGET', P .. 'answer:' .. ARGV[i], 'attempt', 'next', 'owner', 'status', 'queuekey')
+  local waits = row[3] == '' and row[4] == 'queued'
+  if row[1] == ARGV[i + 1] and row[2] == '0' and (waits or alive == 1 and not row[5]) then
+    if waits then call('ZREM', P .. 'queue:' .. row[5], ARGV[i]) end
+    take_back(ARGV[i])
   end
 end
 return alive
-""")
+"""
+)
 
 # owner, id, user, key, fingerprint, chat, reserve, attempt, the three limits, day, time, the queue of one that waits in
 # one, then the row's other fields
@@ -91,6 +88,7 @@ return {'told', id}
 # is returned.
 WRITE = Script(
     ENDS
+    + TAKE_BACK
     + """
 local owner, keep, batches = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not lives(owner) then return 0 end
@@ -122,7 +120,10 @@ end
 local i = 4 + batches * 4
 while i <= #ARGV do
   local letter, next = values(i + 6)
-  if own(ARGV[i]) then
+  if own(ARGV[i]) and ARGV[i + 1] == 'retracted' then
+    take_back(ARGV[i])
+    rows[ARGV[i]] = false
+  elseif own(ARGV[i]) then
     settle(ARGV[i], owner, ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], keep, letter)
     rows[ARGV[i]] = false
   end

@@ -96,6 +96,11 @@ class Sheet:
         self._end_is_told = True
         self._tell(seq, (event,))
 
+    def retract(self, ending: Ending) -> None:
+        """The answer is not made after all."""
+        self.ending = ending
+        self._note(self, 0, True)
+
     def wait(self, seconds: float) -> bool:
         """For the final state to be written. False: it is not yet."""
         until = time.monotonic() + seconds

@@ -20,6 +20,8 @@ ENDED = """
     error = ?, bytes = (SELECT ifnull(sum(octet_length(payload)), 0) FROM pieces WHERE answer = answers.nr),
     request = '' WHERE nr = ?"""
 RECORD = f"INSERT OR IGNORE INTO ledger (nr, {', '.join(FIELDS)}) VALUES (?, {', '.join('?' * len(FIELDS))})"
+# A scope is a user, or 0: no text equals it.
+KEY_OF = "DELETE FROM keys WHERE scope = (SELECT ifnull(user, 0) FROM answers WHERE nr = ?) AND id = ?"
 STOPPED = "UPDATE answers SET cancelled = 1 WHERE id = ? AND ended_at IS NULL AND status <> 'queued' AND cancelled = 0"
 UNFINISHED = """
     SELECT nr, status, claims, id, user, model, created_at,
@@ -45,6 +47,10 @@ def orphan(connection: Connection, row: Sequence[Any]) -> Orphan:
 
 
 def end(connection: Connection, nr: int, ending: Ending, now: float) -> None:
+    if ending.retracted:
+        connection.execute(KEY_OF, (nr, ending.id))
+        connection.execute("DELETE FROM answers WHERE nr = ?", (nr,))
+        return
     usage = ending.usage
     counted = (usage.input_tokens, usage.output_tokens, usage.estimated) if usage else (None, None, None)
     connection.execute(ENDED, (ending.status, now, bound(ending.finish_reason), *counted, bound(ending.error), nr))

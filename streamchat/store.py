@@ -149,6 +149,7 @@ class Ending:
     usage: Usage | None = None
     error: str | None = None  # the code
     letter: Letter | None = None
+    retracted: bool = False  # nothing was asked: the answer is forgotten, without a record; slot and key are free
 
 
 @dataclass(frozen=True, slots=True)

@@ -618,6 +618,28 @@ class StoreContract:
         assert (sums["ann"].answers, sums["ann"].completed, sums["ann"].estimated) == (1, 0, 1)
         assert (sums["bob"].answers, sums["bob"].completed, sums["cid"].answers) == (1, 1, 1)
 
+    def test_an_answer_that_is_retracted_was_never_there(self, store: Store, another: Store, owner: str) -> None:
+        """Its admission had no reply, and nothing was asked: whoever sends the same key asks."""
+        kept = entry(owner, user="ann", key="k", fingerprint="f", chat="c")
+        store.admit(kept, NONE)
+        retracted = [
+            entry(owner, user="ann", key="again", fingerprint="f", chat="c", reserve=70),
+            entry(owner, key="again", fingerprint="f", reserve=70),
+        ]
+        for each in retracted:
+            store.admit(each, NONE)
+        gone = [replace(ending(each, "failed"), retracted=True) for each in retracted]
+        store.write(owner, [texts(kept.id, 0, 1)], gone)
+        store.write(owner, [], gone)  # once more: its reply did not come
+        assert [store.find(each.id) for each in retracted] == [None, None]
+        gauges = store.gauges()
+        assert (gauges["live"], gauges["reserved"], gauges["answers"]) == (1, 0, 1)
+        assert store.usage(0, "user") == []
+        for each in retracted:
+            new = entry(owner, user=each.user, key="again", fingerprint="other")
+            assert another.admit(new, Limits(streams_per_user=2)) == new.id
+        assert another.admit(entry(owner, user="ann", key="k", fingerprint="f"), NONE) == kept.id
+
     def test_the_dead_cost_what_was_kept_of_what_they_said(
         self, store: Store, another: Store, owner: str, expire: Callable[[], None]
     ) -> None:

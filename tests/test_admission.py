@@ -26,7 +26,7 @@ from tests.fake_upstream import (
     text,
     usage_chunk,
 )
-from tests.keeping import FaultyStore, ask, expect_settled, get, keeping_shop
+from tests.keeping import FaultyStore, ask, down, expect_settled, get, keeping_shop
 from tests.shop import NDJSON, SSE, TEXT, URL, WHOLE, Shop, open_shop, serve, wait_until
 
 
@@ -74,6 +74,20 @@ def test_the_same_key_gives_the_failure_again(upstream: FakeUpstream, shop: Shop
         assert code(ask(shop, Idempotency_Key="k")) == (502, "upstream_rejected")
         expect_settled(store)
     assert len(upstream.requests) == 1
+
+
+def test_a_key_whose_admission_had_no_reply_may_be_sent_again(
+    upstream: FakeUpstream, shop: Shop, store: FaultyStore
+) -> None:
+    store.after["admit"] = down  # done, and its reply is lost
+    refused = ask(shop, Idempotency_Key="k")
+    assert (code(refused), upstream.requests) == ((503, "overloaded"), [])
+    store.rise()
+    wait_until(lambda: not store.memory.gauges()["answers"], "the answer that nobody asked for is still there")
+    again = ask(shop, Idempotency_Key="k")
+    assert (again.status_code, len(upstream.requests)) == (200, 1)
+    assert "Idempotency-Replayed" not in again.headers
+    assert store.memory.usage(0, "user")[0].answers == 1
 
 
 def test_the_same_key_is_told_again_to_wait(upstream: FakeUpstream, shop: Shop, store: FaultyStore) -> None:

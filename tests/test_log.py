@@ -20,7 +20,7 @@ from streamchat import log as module
 from streamchat import sheet as sheet_module
 from streamchat.cancellation import Cancellation
 from streamchat.errors import Cancelled, LeaseLost, StoreDown, TooManyStreams
-from streamchat.events import Event, Failure, Finish, Start, Text
+from streamchat.events import Event, Finish, Start, Text
 from streamchat.log import Log
 from streamchat.loop import choose_loop
 from streamchat.sheet import Sheet
@@ -271,7 +271,7 @@ def test_callers_of_a_store_that_hangs_wait_once_together(log: Log, store: Fault
     assert len(failed) == 20 and max(failed) < 1.5
 
 
-def test_an_admission_that_was_done_though_the_store_fell_silent_is_ended(log: Log, store: FaultyStore) -> None:
+def test_an_admission_that_was_done_though_the_store_fell_silent_is_retracted(log: Log, store: FaultyStore) -> None:
     def silent() -> None:
         raise StoreDown
 
@@ -279,13 +279,25 @@ def test_an_admission_that_was_done_though_the_store_fell_silent_is_ended(log: L
     with pytest.raises(StoreDown):
         Made(log, user="ann", key="k", fingerprint="f", reserve=100)
     store.rise()
-    expect_settled(store)
-    again = Made(log, user="ann", key="k", fingerprint="f")
-    assert again.sheet is None
-    assert [event for _, event in kept(store, again.id)] == [
-        Failure("interrupted", "The answer was interrupted.", True)
-    ]
     wait_until(lambda: not log.running, "a sheet is held")
+    expect_settled(store)
+    assert Made(log, user="ann", key="k", fingerprint="f").sheet is not None
+    assert store.memory.usage(0, "user") == []
+
+
+def test_so_is_one_whose_caller_was_killed_meanwhile(log: Log, store: FaultyStore) -> None:
+    """A greenlet may be, while the store does what it was asked."""
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    store.after["admit"] = kill
+    with pytest.raises(KeyboardInterrupt):
+        Made(log, user="ann", key="k", fingerprint="f", reserve=100, needed=False)
+    store.rise()
+    wait_until(lambda: not log.running, "a sheet is held")
+    expect_settled(store)
+    assert Made(log, user="ann", key="k", fingerprint="f").sheet is not None
 
 
 def test_an_answer_that_needs_no_log_has_its_true_end_in_a_store_that_had_it(log: Log, store: FaultyStore) -> None:

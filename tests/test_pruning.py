@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from streamchat import log as log_module
+from streamchat import pruning
 from streamchat.cancellation import Cancellation
 from streamchat.errors import StoreDown
 from streamchat.log import Log
@@ -55,7 +55,7 @@ class Pruned:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "PRUNE_AFTER", 0.05)
+    monkeypatch.setattr(pruning, "AFTER", 0.05)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_it_comes_soon_after_the_first_answer_and_not_with_every_beat(store: Cou
 
 
 def test_it_comes_again_in_its_time(store: Counting, pruned: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "PRUNE_EVERY", 0.01)
+    monkeypatch.setattr(pruning, "EVERY", 0.01)
     with closing(begun(store, pruned)):
         wait_until(lambda: pruned.times >= 3, "nothing was pruned again")
 
@@ -98,7 +98,7 @@ def test_it_comes_again_in_its_time(store: Counting, pruned: Pruned, monkeypatch
 def test_a_log_that_closes_does_not_wait_for_the_next_one(
     store: Counting, pruned: Pruned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_module, "PRUNE_AFTER", 60.0)
+    monkeypatch.setattr(pruning, "AFTER", 60.0)
     log = begun(store, pruned)
     began = time.monotonic()
     log.close()
@@ -109,7 +109,7 @@ def test_a_log_that_closes_does_not_wait_for_the_next_one(
 def test_a_long_one_holds_up_no_beat_and_no_second_begins_beside_it(
     store: Counting, pruned: Pruned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_module, "PRUNE_EVERY", 0.0)
+    monkeypatch.setattr(pruning, "EVERY", 0.0)
     pruned.go_on.clear()
     with closing(begun(store, pruned)):
         wait_until(lambda: pruned.times, "nothing was pruned")
@@ -129,7 +129,7 @@ def test_what_it_raises_harms_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "streamchat")
-    monkeypatch.setattr(log_module, "PRUNE_EVERY", 0.05)
+    monkeypatch.setattr(pruning, "EVERY", 0.05)
     pruned.error = error
     with closing(begun(store, pruned)):
         wait_until(lambda: pruned.times >= 2, "one that failed was the last")
