@@ -10,8 +10,8 @@ call('SADD', P .. 'owners', ARGV[1])
 call('SET', P .. 'owner:' .. ARGV[1], '', 'PX', ARGV[2])
 """)
 
-# owner, milliseconds, then ids and attempts of admissions whose outcome this process never learned: none of them runs,
-# but one that waits in a queue may have been claimed. That one is taken back although its owner is dead.
+# owner, milliseconds, then ids and attempts ('' is any) of admissions whose outcome this process never learned: none
+# runs, but one that waits in a queue may have been claimed. That one is taken back although its owner is dead.
 RENEW = Script(
     TAKE_BACK
     + """
@@ -19,7 +19,7 @@ local alive = call('PEXPIRE', P .. 'owner:' .. ARGV[1], ARGV[2])
 for i = 3, #ARGV, 2 do
   local row = call('HMGET', P .. 'answer:' .. ARGV[i], 'attempt', 'next', 'owner', 'status', 'queuekey')
   local waits = row[3] == '' and row[4] == 'queued'
-  if row[1] == ARGV[i + 1] and row[2] == '0' and (waits or alive == 1 and not row[5]) then
+  if (ARGV[i + 1] == '' or row[1] == ARGV[i + 1]) and row[2] == '0' and (waits or alive == 1 and not row[5]) then
     if waits then call('ZREM', P .. 'queue:' .. row[5], ARGV[i]) end
     take_back(ARGV[i])
   end

@@ -29,7 +29,7 @@ from .errors import (
     TooManyStreams,
 )
 from .ledger import Record
-from .redis_doubts import Doubts
+from .redis_doubts import NAMED_FOR, Doubts
 from .redis_listener import RedisListener
 from .redis_lua import Script
 from .redis_outbox import RedisOutbox
@@ -82,7 +82,9 @@ class RedisStore:
         self._attempts = itertools.count()
         self._claims = Doubts(OutcomeUnknown)
         self.outbox = RedisOutbox(self._link, self._prefix, self._keep, Doubts(OutcomeUnknown))
-        self._doubtful: dict[str, dict[str, str]] = {}  # by owner: id and attempt of admissions without an answer
+        # By owner. Ids and attempts of admissions to a queue that had no reply; ids that were retracted, and when.
+        self._doubtful: dict[str, dict[str, str]] = {}
+        self._retracted: dict[str, dict[str, float]] = {}
 
     def _run(self, script: Script, *values: Any) -> Any:
         return self._link.script(script, self._prefix, *values)
@@ -96,20 +98,26 @@ class RedisStore:
         return owner
 
     def renew(self, owner: str) -> None:
-        doubtful = dict(self._doubtful.get(owner, {}))
-        alive = self._run(lua.RENEW, owner, self._lease, *itertools.chain(*doubtful.items()))
+        """Takes back what was admitted although nobody knows. A Redis that hung may do that late: see NAMED_FOR."""
+        doubtful, retracted = dict(self._doubtful.get(owner, {})), dict(self._retracted.get(owner, {}))
+        named = itertools.chain(doubtful.items(), ((id, "") for id in retracted))
+        alive = self._run(lua.RENEW, owner, self._lease, *itertools.chain(*named))
         for id, attempt in doubtful.items():
             if self._doubtful[owner].get(id) == attempt:
                 del self._doubtful[owner][id]
+        for id, at in retracted.items():
+            if at < time.monotonic() - NAMED_FOR:
+                self._retracted[owner].pop(id, None)
         if not alive:
             self._doubtful.pop(owner, None)
+            self._retracted.pop(owner, None)
             raise LeaseLost
 
     def give_up(self, owner: str) -> None:
         self._link.call("DEL", self._key("owner:", owner))
 
     def admit(self, entry: Entry, limits: Limits) -> str:
-        """Where its outcome stays unknown the next `renew` takes it back: it would hold a slot that nobody uses."""
+        """To a queue: where its outcome stays unknown the next `renew` takes it back. Others are retracted, or go on."""
         attempt = f"{secrets.token_hex(4)}-{next(self._attempts)}"
         user = name_of(entry.user) if entry.user is not None else ""
         try:
@@ -132,7 +140,8 @@ class RedisStore:
                 *fields_of(entry),
             )
         except self._outcome_unknown:
-            self._doubtful.setdefault(entry.owner, {})[entry.id] = attempt
+            if entry.status == "queued":
+                self._doubtful.setdefault(entry.owner, {})[entry.id] = attempt
             raise
         if word in REFUSALS:
             raise REFUSALS[word]
@@ -154,6 +163,9 @@ class RedisStore:
         return bool(begun)
 
     def write(self, owner: str, batches: Sequence[Batch], endings: Sequence[Ending]) -> None:
+        gone = {ending.id: time.monotonic() for ending in endings if ending.retracted}
+        if gone:
+            self._retracted.setdefault(owner, {}).update(gone)
         endings_told = [value for ending in endings for value in settled(ending)]
         while overlaps := self._write(owner, batches, endings_told):
             batches = without(batches, overlaps)
