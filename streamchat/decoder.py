@@ -35,6 +35,7 @@ ERROR_CODES: dict[str, type[UpstreamFailure]] = {
     "insufficient_quota": UpstreamQuota,
     "rate_limit_exceeded": UpstreamRateLimited,
 }
+MOST_TOKENS = 10**12  # of one answer: no model counts so many, and no sum of them leaves the 64 bits of a database
 _SAFE_CODE = re.compile(r"[a-z0-9_.]{1,64}")
 
 
@@ -232,7 +233,7 @@ def usage_of(usage: Any, sent_name: str, received_name: str) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     sent, received = usage.get(sent_name), usage.get(received_name) or 0
-    if type(sent) is not int or type(received) is not int or sent < 0 or received < 0:
+    if any(type(count) is not int or not 0 <= count <= MOST_TOKENS for count in (sent, received)):
         return None
     return Usage(sent, received)
 

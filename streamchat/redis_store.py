@@ -117,7 +117,7 @@ class RedisStore:
         self._link.call("DEL", self._key("owner:", owner))
 
     def admit(self, entry: Entry, limits: Limits) -> str:
-        """To a queue: where its outcome stays unknown the next `renew` takes it back. Others are retracted, or go on."""
+        """To a queue: whose outcome stays unknown, the next `renew` takes back. Others are retracted, or go on."""
         attempt = f"{secrets.token_hex(4)}-{next(self._attempts)}"
         user = name_of(entry.user) if entry.user is not None else ""
         try:

@@ -307,9 +307,21 @@ def test_a_thought_that_a_server_sends_under_both_its_names_is_told_once() -> No
     assert decoded(stream) == ([Reasoning("hm"), Text("a"), Finish("stop")], None)
 
 
-def test_an_answer_that_is_whole_is_not_lost_for_a_usage_that_cannot_be_read() -> None:
-    events, failure = decoded(said("a") + STOP + sse({"choices": [], "usage": {"total_tokens": 5}}) + DONE)
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"total_tokens": 5},
+        {"prompt_tokens": -1, "completion_tokens": 2},
+        {"prompt_tokens": 1.5, "completion_tokens": 2},
+        {"prompt_tokens": True, "completion_tokens": 2},
+        {"prompt_tokens": 10**12 + 1, "completion_tokens": 2},
+        {"prompt_tokens": 1, "completion_tokens": 2**63},
+    ],
+)
+def test_an_answer_that_is_whole_is_not_lost_for_a_usage_that_cannot_be_read(usage: dict[str, Any]) -> None:
+    events, failure = decoded(said("a") + STOP + sse({"choices": [], "usage": usage}) + DONE)
     assert (text_of(events), failure) == ("a", None)
+    assert events[-1] == Finish("stop")
 
 
 def test_two_tool_calls_in_one_delta_are_both_told() -> None:
