@@ -46,7 +46,7 @@ class Admission:
         if log is None or (log.down and not needed):
             answer.admit()
             return order.id
-        answer.admit(counts_user=False)  # the log does: also for one whose key has an answer, which takes no stream
+        answer.admit(is_counted=True)  # by the log: also for one whose key has an answer, which takes no stream
         try:
             return self._admitted(log, answer, asked, key, needed)
         except StoreDown:

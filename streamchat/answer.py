@@ -34,6 +34,8 @@ class Answer:
     An answer that outlives its caller goes on in a helper, which then is the one that closes it.
     """
 
+    asks = True
+
     def __init__(
         self,
         order: Order,
@@ -64,12 +66,12 @@ class Answer:
         self._seq = 0
         self._pull = Pull(loop, settings, self.tally)
 
-    def admit(self, counts_user: bool = True) -> None:
+    def admit(self, is_counted: bool = False) -> None:
         """Takes a slot. Raises Draining, Overloaded or TooManyStreams; from then on there is a record."""
-        self._live.admit(self, counts_user)
+        self._live.admit(self, is_counted)
 
     def recount(self) -> None:
-        """Raises TooManyStreams where the log, which should have counted the user's streams, could not."""
+        """Raises TooManyStreams where the log, which should have counted the streams, could not."""
         self._live.recount(self)
 
     def withdraw(self) -> None:

@@ -180,7 +180,7 @@ def perform(mount: Mount, entry: Entry) -> Sheet | None:
             return None
         answer.keep(sheet)
         try:
-            answer.admit(counts_user=False)
+            answer.admit(is_counted=True)
             mount.begin(answer, mount.process.upstream.client())
         except Exception as error:
             answer.close(error if isinstance(error, StreamChatError) else broken(entry.id, error))

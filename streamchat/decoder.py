@@ -232,7 +232,8 @@ def usage_of(usage: Any, sent_name: str, received_name: str) -> Usage | None:
     """None where it cannot be read: an answer is not lost for its bill, which is estimated then."""
     if not isinstance(usage, dict):
         return None
-    sent, received = usage.get(sent_name), usage.get(received_name) or 0
+    sent: Any = usage.get(sent_name)
+    received: Any = usage.get(received_name) or 0
     if any(type(count) is not int or not 0 <= count <= MOST_TOKENS for count in (sent, received)):
         return None
     return Usage(sent, received)

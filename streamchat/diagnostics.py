@@ -109,6 +109,8 @@ def _checked(probe: Probe) -> Probe:
 class ProbeStream:
     """One probe as a running answer: it has a slot, its caller is watched, and it ends as answers do."""
 
+    asks = False
+
     def __init__(
         self,
         probe: Probe,

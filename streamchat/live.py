@@ -22,6 +22,7 @@ STUCK_SECONDS = 1.0  # a write that takes longer while the worker stops is not w
 class Running(Protocol):
     """What the sweep needs of an answer."""
 
+    asks: bool  # the model; a reader does not
     cancellation: Cancellation
     caller: Caller
     user: str | None
@@ -47,9 +48,11 @@ class Live:
         total_timeout: float,
         tidy: Callable[[], None],
         most_of_user: int = 0,
+        most_in_all: int = 0,
     ) -> None:
         self.most = most
         self._most_of_user = most_of_user
+        self._most_in_all = most_in_all  # of all workers; where those cannot be counted, of this one
         self._users: Counter[str] = Counter()
         self._tidy = tidy
         self.hangups = Hangups(loop, self.sweep)
@@ -79,25 +82,31 @@ class Live:
     def __len__(self) -> int:
         return len(self._running)
 
-    def admit(self, answer: Running, counts_user: bool = True) -> None:
+    def admit(self, answer: Running, is_counted: bool = False) -> None:
         """Gives the answer its slot. Raises Draining, Overloaded or TooManyStreams at once.
 
-        Without `counts_user` somebody else holds the user to the limit: the log, which knows other workers' answers.
+        Where it `is_counted` somebody else holds it to the limits of streams: the log, which knows other workers'.
         """
         if self.draining:
             raise Draining(retry_after=RETRY_AFTER)
         with self._lock:
             if len(self._running) >= self.most:
                 raise Overloaded(retry_after=RETRY_AFTER)
+            if not is_counted and answer.asks:
+                self._check(answer, 1)
             if answer.user is not None:
-                if counts_user and 0 < self._most_of_user <= self._users[answer.user]:
-                    raise TooManyStreams(retry_after=RETRY_AFTER)
                 self._users[answer.user] += 1
             self._running.add(answer)
 
     def recount(self, answer: Running) -> None:
-        """Raises TooManyStreams where the answer, which has its slot, is one too many of its user here."""
-        if answer.user is not None and 0 < self._most_of_user < self._users[answer.user]:
+        """Raises TooManyStreams where the answer, which has its slot, is one too many here."""
+        with self._lock:
+            self._check(answer, 0)
+
+    def _check(self, answer: Running, more: int) -> None:
+        of_user = self._users[answer.user] + more if answer.user is not None else 0
+        in_all = sum(each.asks for each in self._running) + more if self._most_in_all else 0
+        if 0 < self._most_of_user < of_user or in_all > self._most_in_all:
             raise TooManyStreams(retry_after=RETRY_AFTER)
 
     def leave(self, answer: Running) -> None:

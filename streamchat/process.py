@@ -31,6 +31,7 @@ class Process:
             settings.total_timeout,
             self._tidy,
             settings.max_streams_per_user,
+            settings.max_streams_in_all,
         )
         store = open_store(settings, self.loop)
         self.log = Log(store, self.loop, settings.lease, partial(prune, store, settings)) if store is not None else None

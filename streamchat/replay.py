@@ -34,6 +34,8 @@ News = list[tuple[int, Event]]
 class Replay:
     """One reader of one answer. Owns its tail, the watch on its caller and its slot; `release` gives all back, once."""
 
+    asks = False
+
     def __init__(
         self,
         kept: Kept,

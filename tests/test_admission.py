@@ -244,6 +244,23 @@ def holding(shop: Shop, count: int, users: Sequence[str]) -> list[threading.Thre
     return callers
 
 
+def test_without_the_store_the_streams_of_all_are_counted_here(
+    upstream: FakeUpstream, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, upstream.script = gated()
+    with keeping_shop(monkeypatch, store, max_streams_in_all=2) as shop:
+        store.fall()
+        callers = holding(shop, 2, ["ann", "bob"])
+        upstream.wait_for_requests(2)
+        assert code(ask(shop, user="eve")) == (429, "too_many_streams")
+        gate.open()
+        for caller in callers:
+            caller.join(10)
+        assert ask(shop, user="eve").status_code == 200
+        store.rise()
+    assert len(upstream.requests) == 3
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_user_has_so_many_streams(
     upstream: FakeUpstream, store: FaultyStore, monkeypatch: pytest.MonkeyPatch, kept: bool

@@ -45,6 +45,8 @@ def steps(task: Callable[[], object]) -> int:
 class Running:
     """What the sweep needs of an answer."""
 
+    asks = True
+
     def __init__(self) -> None:
         self.cancellation, self.caller = Cancellation(), Caller()
         self.user: str | None = None

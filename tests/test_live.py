@@ -59,6 +59,8 @@ class Line(Caller):
 class Running:
     """What the sweep needs of an answer."""
 
+    asks = True
+
     def __init__(self, live: Live, *, age: float = 0, writing: float = 0, user: str | None = None) -> None:
         self.user = user
         self.ticks = 0
