@@ -51,10 +51,11 @@ class StreamChatError(Exception):
     code: str = "interrupted"
     retryable: bool = False
     text: str = "The answer could not be made."
+    soon: int | None = None  # seconds: Retry-After, where nobody knows better
 
     def __init__(self, detail: str | None = None, *, retry_after: int | None = None) -> None:
         self.detail = detail or self.text
-        self.retry_after = retry_after
+        self.retry_after = self.soon if retry_after is None else retry_after
         super().__init__(self.detail)
 
     @property
@@ -152,6 +153,7 @@ class StoreDown(Overloaded):
     """The response log does not answer, or is busy for too long."""
 
     text = "The response log does not answer. Try again soon."
+    soon = 2
 
 
 class Draining(StreamChatError):

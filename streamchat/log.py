@@ -58,9 +58,8 @@ class Log:
 
     def adopt(self, entry: Entry, cancellation: Cancellation) -> Sheet:
         """The sheet of an answer that this process claimed."""
-        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop)
+        sheet = self._sheet(entry, cancellation)
         sheet.alone = True
-        self.running[entry.id] = sheet
         if self.lease.owner != sheet.owner:
             self._end_with_lease(sheet)
         return sheet
@@ -78,9 +77,8 @@ class Log:
     def _admitted(self, entry: Entry, limits: Limits, cancellation: Cancellation, needed: bool) -> Admitted:
         owner = self.lease.held()
         asked = entry if entry.owner == owner else replace(entry, owner=owner)
-        sheet = Sheet(asked.id, owner, cancellation, self._note, self.store.unattended, self._loop)
+        sheet = self._sheet(asked, cancellation)  # now: once the store knows the answer, somebody may cancel it
         sheet.admitted = False
-        self.running[asked.id] = sheet  # now: once the store knows the answer, somebody may cancel it
         try:
             id = self.store.admit(asked, limits)
         except StoreDown:
@@ -105,6 +103,12 @@ class Log:
         if self.lease.owner != owner:  # lost meanwhile
             self._end_with_lease(sheet)
         return id, sheet
+
+    def _sheet(self, entry: Entry, cancellation: Cancellation) -> Sheet:
+        sheet = Sheet(entry.id, entry.owner, cancellation, self._note, self.store.unattended, self._loop)
+        sheet.user = entry.user
+        self.running[entry.id] = sheet
+        return sheet
 
     def _abandon(self, sheet: Sheet, asked: Entry) -> None:
         """The store may have the answer that it said nothing about: it is told to forget it, with its slot and key."""
@@ -258,6 +262,11 @@ class Log:
             return self.store.cancel(id)
         self._cancelled(id)
         return None
+
+    def cancel_here(self, id: str, user: str | None) -> None:
+        """Stops the user's answer if it is made here: that needs no store."""
+        if id in self.running and self.running[id].user == user:
+            self._cancelled(id)
 
     def wake(self) -> None:
         """Takes the lease before the first answer: what a process that died left behind is ended from now on."""

@@ -16,7 +16,7 @@ from .dialects import OWN, UI, Dialect
 from .document import document
 from .encoders import Encoder, choose_encoder
 from .ending import error_of
-from .errors import InvalidRequest, StreamChatError
+from .errors import InvalidRequest, StoreDown, StreamChatError
 from .events import ENDS, Event, Failure, Finish, Start
 from .hangup import Caller
 from .mount import Mount
@@ -52,7 +52,12 @@ def cancel_response(id: str) -> Response:
     """Stops an answer; the object of what became of it. Idempotent."""
 
     def view(mount: Mount, _: str, __: Dialect) -> Response:
-        kept = mount.find(id, mount.user(request))
+        user = mount.user(request)
+        try:
+            kept = mount.find(id, user)
+        except StoreDown:
+            mount.log.cancel_here(id, user)
+            raise
         if kept.status in LIVE:
             mount.cancel(id)
             kept = _ended(mount, kept)

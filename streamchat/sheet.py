@@ -41,6 +41,7 @@ class Sheet:
         loop: Loop,
     ) -> None:
         self.id = id
+        self.user: str | None = None  # whose answer it is
         self.owner = owner
         self.cancellation = cancellation
         self.next = 0  # seq

@@ -399,6 +399,21 @@ def test_a_running_answer_is_cancelled_from_every_process(upstream: FakeUpstream
             assert here.wait_records(count)[-1].outcome == "cancelled"
 
 
+def test_an_answer_is_cancelled_where_it_is_made_though_the_store_is_away(
+    upstream: FakeUpstream, here: Shop, store: FaultyStore
+) -> None:
+    upstream.script = [head(), text("Hel"), Hang()]
+    with serve(here.app) as port, Started(port) as caller:
+        store.fall()
+        assert post(here, f"/responses/{caller.id}/cancel", "bob").status_code == 503
+        assert not here.mounts[0].log.running[caller.id].cancellation.error
+        told = post(here, f"/responses/{caller.id}/cancel")
+        assert (told.status_code, told.headers["Retry-After"]) == (503, "2")
+        upstream.requests[0].wait_left()
+        store.rise()
+    assert here.the_record().outcome == "cancelled"
+
+
 def test_an_ended_answer_cannot_be_cancelled(here: Shop) -> None:
     id = ask(here).headers["X-Response-Id"]
     told = post(here, f"/responses/{id}/cancel")
