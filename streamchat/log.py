@@ -29,7 +29,7 @@ Admitted = tuple[str, Sheet | None]
 GATHER = 0.075  # seconds: with the time of a write, below the 100 ms that the log may be behind the caller
 AGAIN = 0.1  # seconds until the store is asked again after it failed
 MOST_OF_ALL = 64 << 20  # bytes that wait in this process
-MOST_OF_GROUP = 4 << 20  # bytes of one transaction
+MOST_OF_GROUP = 1 << 20  # bytes of one transaction: over a slow line to Redis, too, they are sent in its time for that
 MOST_ABANDONED = 1000  # answers that a silent store may have, and is to forget
 CLOSE_WITHIN = 2.5  # seconds: more than the 2 in which a store answers
 

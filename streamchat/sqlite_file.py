@@ -102,15 +102,12 @@ class File:
 
     def _join(self) -> None:
         """In the native thread. Many may have waited for it: who comes too late gives up at once."""
-        now, due = time.monotonic(), list[_Task]()
-        for task in [self._waiting.popleft() for _ in range(len(self._waiting))]:
-            if task.until is not None and task.until < now:
-                task.found = _Trouble("Busy", again=False)
-            else:
-                due.append(task)
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        due = [task for task in waiting if _is_due(task)]
         if due and not self._did(due) and len(due) > 1:
             for task in due:
-                self._did([task])
+                if _is_due(task):  # each may have waited for a lock
+                    self._did([task])
 
     def _did(self, tasks: Sequence[_Task]) -> bool:
         """Whether it is known of each what came of it; not where one's fault may have been the others', too.
@@ -177,6 +174,14 @@ class File:
             logger.warning("the response log does not answer: %s", trouble)
         else:
             logger.warning("the response log answers again")
+
+
+def _is_due(task: _Task) -> bool:
+    """A task whose time is over has given up, and says so."""
+    if task.until is None or task.until >= time.monotonic():
+        return True
+    task.found = _Trouble("Busy", again=False)
+    return False
 
 
 def _name(error: BaseException) -> str:

@@ -115,6 +115,22 @@ def test_who_waits_for_a_lock_together_is_done_together_after_it(file: File, tmp
     assert [call.result for call in calls] == ["a", "b"]
 
 
+def test_who_comes_apart_after_his_time_gives_up_unasked(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many that are done apart may wait for a lock: together longer than a store may take."""
+    now, tries = [0.0], [0]
+    monkeypatch.setattr("streamchat.sqlite_file.time.monotonic", lambda: now[0])
+
+    def fail(_: Connection) -> None:
+        tries[0] += 1
+        now[0] += 10.0 if tries[0] == 2 else 0.0
+        raise ZeroDivisionError
+
+    first, second = at_once(file, fail, write("late"))
+    assert isinstance(first.error, ZeroDivisionError)
+    assert isinstance(second.error, StoreDown)
+    assert notes(file) == set()
+
+
 def test_what_a_store_knew_before_a_transaction_was_undone_it_asks_again(tmp_path: Path) -> None:
     store = SqliteStore(str(tmp_path / "log.db"), LEASE, ThreadLoop().lane)
     owner = store.take_lease()
