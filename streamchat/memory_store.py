@@ -209,9 +209,11 @@ class MemoryStore:
             raise LeaseLost()
 
     def _running(self) -> list[MemoryAnswer]:
-        """What counts for limits: an answer whose owner is dead holds no slot, one that waits in a queue does."""
-        living = self._living() | {""}
-        return [answer for answer in self._answers.values() if answer.is_live and answer.owner in living]
+        """What counts for limits: an answer whose owner is dead holds no slot, one that waits in a queue does, or will
+        again.
+        """
+        living, live = self._living(), [answer for answer in self._answers.values() if answer.is_live]
+        return [answer for answer in live if answer.owner in living or answer.status == "queued"]
 
     def _check_limits(self, entry: Entry, limits: Limits) -> None:
         of_user, of_all, of_day = needs_count(limits, entry.user)

@@ -35,6 +35,10 @@ local function lives(owner)
 end
 -- Those that hold slots: nobody's wait in a queue.
 local function counts(owner) return owner == '' or lives(owner) end
+-- What a dead owner claimed and did not begin will wait again.
+local function holds(owner, id)
+  return counts(owner) or call('HGET', P .. 'answer:' .. id, 'status') == 'queued'
+end
 local function now()
   local time = call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1000000

@@ -50,15 +50,22 @@ end
 if most > 0 then
   local count = 0
   for _, each in ipairs(call('SMEMBERS', P .. 'owners')) do
-    if counts(each) then count = count + call('SCARD', P .. 'live:' .. each) end
+    if counts(each) then
+      count = count + call('SCARD', P .. 'live:' .. each)
+    else
+      for _, left in ipairs(call('SMEMBERS', P .. 'live:' .. each)) do
+        if holds(each, left) then count = count + 1 end
+      end
+    end
   end
   if count >= most then return {'streams'} end
 end
 if user ~= '' and (most_of_user > 0 or tokens > 0) then
   local count, used = 0, tonumber(call('GET', P .. 'spent:' .. day .. ':' .. user) or 0)
-  for _, slot in ipairs(call('HVALS', P .. 'slots:' .. user)) do
-    local of, held = string.match(slot, '^(%S*) (%d+)$')
-    if counts(of) then
+  local slots = call('HGETALL', P .. 'slots:' .. user)
+  for i = 1, #slots, 2 do
+    local of, held = string.match(slots[i + 1], '^(%S*) (%d+)$')
+    if holds(of, slots[i]) then
       count = count + 1
       used = used + tonumber(held)
     end

@@ -14,7 +14,7 @@ import pytest
 
 from streamchat.attempts import Next
 from streamchat.envelopes import enclose, letter_id
-from streamchat.errors import LeaseLost, TooManyStreams
+from streamchat.errors import BudgetExhausted, LeaseLost, TooManyStreams
 from streamchat.events import Failure, Finish, Start, Text, Usage
 from streamchat.letters import OFF, Letter
 from streamchat.store import MOST_CLAIMS, Ending, Entry, Limits, Store
@@ -207,6 +207,24 @@ class QueueContract:
         found = another.find(answer.id)
         assert found is not None
         assert (found.status, found.error) == ("failed", "interrupted")
+
+    @pytest.mark.parametrize(
+        "limits",
+        [Limits(streams=1), Limits(streams_per_user=1), Limits(tokens_per_day=100)],
+        ids=["all", "user", "day"],
+    )
+    def test_what_a_dead_worker_had_claimed_holds_its_place_until_it_waits_again_and_then(
+        self, store: Store, another: Store, owner: str, limits: Limits
+    ) -> None:
+        worker = another.take_lease()
+        store.admit(queued(owner, user="ann", reserve=80), NONE)
+        assert another.claim(worker, "jobs", 1)
+        another.give_up(worker)
+        for _ in range(2):
+            with pytest.raises((TooManyStreams, BudgetExhausted)):
+                store.admit(entry(owner, user="ann", reserve=80), limits)
+            store.reap()
+        assert store.admit(entry(owner, user="bob", reserve=80), Limits(2, 2, 100))
 
     @pytest.mark.parametrize("claimed", [False, True])
     def test_a_queued_answer_that_is_cancelled_ends_at_once(

@@ -11,7 +11,7 @@ import pytest
 
 from streamchat.attempts import Next
 from streamchat.envelopes import letter_id
-from streamchat.errors import LeaseLost, StoreDown, TooManyStreams
+from streamchat.errors import LeaseLost, StoreDown
 from streamchat.ledger import Record
 from streamchat.redis_doubts import NAMED_FOR, Doubts
 from streamchat.redis_store import RedisStore
@@ -347,20 +347,6 @@ def test_a_letter_to_a_target_that_is_off_stays_dead_when_its_holder_dies(
     store.give_up(owner)
     assert another.outbox.take(another.take_lease(), "jobs", LATER, 9) == []
     assert another.gauges()["dead"] == 2
-
-
-def test_a_claimed_answer_of_a_dead_owner_holds_its_slot_again_when_it_waits_again(
-    store: RedisStore, another: RedisStore, owner: str
-) -> None:
-    claimed(store, owner)
-    store.give_up(owner)
-    heir = another.take_lease()
-    another.admit(entry(heir, user="ann"), Limits(streams_per_user=1, streams=1))
-    assert another.reap() == []
-    with pytest.raises(TooManyStreams):
-        another.admit(entry(heir, user="ann"), Limits(streams_per_user=2))
-    with pytest.raises(TooManyStreams):
-        another.admit(entry(heir), Limits(streams=2))
 
 
 def test_what_redis_forgot_is_nobodys_and_all_begins_anew(store: RedisStore, server: RedisServer, owner: str) -> None:
