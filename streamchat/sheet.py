@@ -182,11 +182,14 @@ class Sheet:
             return 0.0
         if not self.can_be_read:
             return float("inf")
-        here = time.monotonic() - self._read_at if self._read_at else float("inf")
         try:
-            return min(here, max(0.0, self._unattended(self.id) - REMOTE))
+            elsewhere = max(0.0, self._unattended(self.id) - REMOTE)
         except StoreDown:
             return 0.0  # nobody knows
+        if self.readers:  # one came while the store was asked
+            return 0.0
+        here = time.monotonic() - self._read_at if self._read_at else float("inf")
+        return min(here, elsewhere)
 
     def unwritten(self) -> list[tuple[int, Event]]:
         """What the store may not have yet, by seq; the end only once it may be told."""

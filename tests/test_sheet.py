@@ -233,3 +233,17 @@ def test_where_the_store_is_silent_nobody_knows_who_reads() -> None:
         raise StoreDown
 
     assert Desk(down).sheet.idle() == 0
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_reader_who_comes_while_the_store_is_asked_is_seen(stays: bool) -> None:
+    def tell(seq: int, event: Event) -> None: ...
+
+    def asked(_: str) -> float:
+        made.sheet.readers.append(tell)
+        if not stays:
+            made.sheet.leave(tell)
+        return float("inf")
+
+    made = Desk(asked)
+    assert made.sheet.idle() < 1
