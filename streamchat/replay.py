@@ -179,6 +179,8 @@ class Replay:
     def _wait(self) -> News | None:
         """What came; None where a heartbeat is due. Raises the cancellation's reason, or Gap."""
         while self._tail is not None:
+            if self._tail.is_behind:
+                _give_way()
             news = self._tail.take(min(self._due, self._look_at))
             self.cancellation.check()
             now = time.monotonic()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamchat import replay as module
 from streamchat.encoders import ENCODERS
 from streamchat.errors import Gap, Interrupted, InvalidRequest, StoreDown, StreamChatError
 from streamchat.events import Event, Failure, Finish, Start, Text
@@ -401,3 +403,29 @@ def test_an_answer_given_up_is_a_gap_for_who_comes_later_and_none_for_who_was_th
     assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "finish")]
     assert told(late)[-1][1] == "gap" if late.kept.next else True
     late.close()
+
+
+def test_who_comes_during_a_fault_of_the_store_leaves_others_their_turn_and_misses_nothing(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(reading.log)
+    reading.faulty.fall("write")
+    made.say(*[A] * 10_000)
+    replay = reading.replay(made.id)
+    stands, give_way = list[int](), module._give_way
+
+    def go_on() -> None:
+        """Others have their turn: the answer goes on, and ends."""
+        stands.append(replay._next)
+        give_way()
+        if len(stands) < 10:
+            made.say(B)
+        elif len(stands) == 10:
+            reading.faulty.rise()
+            made.end()
+
+    monkeypatch.setattr(module, "_give_way", go_on)
+    said = [(seq, "a") for seq in range(10_000)] + [(seq, "b") for seq in range(10_000, 10_009)]
+    assert told(replay) == [*said, (10_009, "finish")]
+    assert stands[-1] > 9000
+    assert max(after - before for before, after in pairwise([0, *stands, 10_010])) < 1000
