@@ -25,10 +25,14 @@ SLICE = 8192  # bytes that are unpacked at once: some hundred small events, 2 ms
 
 
 class Tail:
-    """One reader's queue. Its owner closes it, once."""
+    """One reader's queue. Its owner closes it, once.
 
-    def __init__(self, bell: Bell, leave: Callable[[Tail], None]) -> None:
+    `trouble`: what readers of a finish are to be told of the log, which may not have it; "" where all is well.
+    """
+
+    def __init__(self, bell: Bell, leave: Callable[[Tail], None], trouble: Callable[[], str] = lambda: "") -> None:
         self.bell = bell
+        self.trouble = trouble
         self.news: deque[tuple[int, Event]] = deque()
         self._leave = leave
         self._first, self._packed = 0, deque[str]()
@@ -104,7 +108,7 @@ class Tails:
 
     def of_sheet(self, sheet: Sheet) -> Tail:
         """Of an answer that is made here: from memory."""
-        tail = Tail(self._loop.bell(), lambda tail: sheet.leave(tail.tell))
+        tail = Tail(self._loop.bell(), lambda tail: sheet.leave(tail.tell), sheet.trouble)
         sheet.readers.append(tail.tell)
         tail.begin(*sheet.unwritten())
         return tail
