@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from .errors import LeaseLost, StoreDown
-from .loop import Loop
+from .loop import Bell, Loop
 from .store import Store
 from .tail import Tails
 
@@ -44,12 +44,13 @@ class Lease:
         self.down = False  # the store did not answer the last time
         self.beat = seconds / BEATS
         self._store = store
+        self._loop = loop
         self._tails = tails
         self._begin = begin
         self._lost = lost
         self._begun = False
         self._closed = False
-        self._stop = loop.bell()
+        self._stop, self._stop_writing = loop.bell(), loop.bell()
         self._fell_at = 0.0  # monotonic
         self._lock = threading.Lock()
 
@@ -115,17 +116,31 @@ class Lease:
         self._lost(owner)
 
     def keep(self) -> None:
-        """Renews, or takes a new lease; tells who is read here; ends what dead processes left. Until `close`."""
-        due = {self._renew: 0.0, self._reap: 0.0, self._attend: 0.0}
-        pace = {self._renew: self.beat, self._reap: self.beat / 2, self._attend: ATTEND}
-        step = min(pace.values())
+        """Renews, or takes a new lease; tells who is read here; ends what dead processes left. Until `close`.
+
+        The last two write: where the store is locked they wait longer than a short lease lasts.
+        """
+        ended = threading.Event()
+
+        def write() -> None:
+            try:
+                self._repeat({self._reap: self.beat / 2, self._attend: ATTEND}, self._stop_writing)
+            finally:
+                ended.set()
+
+        self._loop.spawn(write)
+        self._repeat({self._renew: self.beat}, self._stop)
+        ended.wait()
+
+    def _repeat(self, pace: dict[Callable[[str], None], float], stop: Bell) -> None:
+        due = dict.fromkeys(pace, 0.0)
         while not self._closed:
             now = time.monotonic()
             for task in due:
-                # One that failed is tried again at the next step. A full store may refuse one and do another.
-                if now >= due[task] and self._succeeds(task):
-                    due[task] = now + pace[task]
-            self._stop.wait(now + step)
+                # One that failed is tried again soon. A full store may refuse one and do another.
+                if now >= due[task]:
+                    due[task] = now + (pace[task] if self._succeeds(task) else min(self.beat / 2, ATTEND))
+            stop.wait(min(due.values()))
 
     def _succeeds(self, task: Callable[[str], None]) -> bool:
         owner = self.owner
@@ -158,6 +173,7 @@ class Lease:
         """No lease is taken any more, and `keep` ends."""
         self._closed = True
         self._stop.ring()
+        self._stop_writing.ring()
 
     def give_up(self) -> None:
         owner, self.owner = self.owner, None

@@ -64,6 +64,7 @@ class Replay:
         self._words = words
         self._tail: Tail | None = None
         self._finish: int | None = None  # the seq of an end that the reader has, and the log had not yet
+        self._trouble = ""  # what is said of the log before a finish that it may not have
         self._released = False
         self._caller_fd = caller.fileno()
 
@@ -144,6 +145,8 @@ class Replay:
                     yield from (pending[at : at + SLICE] for at in range(0, len(pending), SLICE))
                     raise error_of(event)
                 piece = self._encoder.encode(seq, event)
+                if self._trouble and isinstance(event, Finish):
+                    piece = self._encoder.warn("not_resumable", self._trouble) + piece
                 while pending and len(pending) + len(piece) > SLICE:  # an event is cut only where it is longer itself
                     yield pending[:SLICE]
                     pending = pending[SLICE:]
@@ -170,6 +173,8 @@ class Replay:
                 if self._finish < self._next - 1:
                     raise past_the_end(self._finish)
                 return
+            if told and isinstance(told[-1][1], Finish) and self._tail is not None:
+                self._trouble = self._tail.trouble()
             if told or news is None:
                 self._due = time.monotonic() + self._heartbeat
                 yield told or None
@@ -181,6 +186,8 @@ class Replay:
     def _wait(self) -> News | None:
         """What came; None where a heartbeat is due. Raises the cancellation's reason, or Gap."""
         while self._tail is not None:
+            if self._tail.is_behind:
+                _give_way()
             news = self._tail.take(min(self._due, self._look_at))
             self.cancellation.check()
             now = time.monotonic()

@@ -12,7 +12,7 @@ from .cancellation import Cancellation
 from .errors import StoreDown
 from .events import Event, Failure, Finish
 from .loop import Loop
-from .store import Batch, Ending, joined, packed, unpack
+from .store import Batch, Ending, joined, packed
 
 FULL = 32_768  # bytes: written at once
 MOST = 1 << 20  # bytes that wait; above it the answer is given up
@@ -57,6 +57,7 @@ class Sheet:
         self._unattended = unattended
         self._lock = loop.lock()  # threads append and take at once
         self._waiting: list[str] = []  # packed at once: later, its events would have to be fetched from far memory
+        self._taken: list[str] = []  # what the batch was made of: readers get it in parts
         self._first = 0  # seq of the first that waits
         self._size = 0
         self._taken_size = 0
@@ -144,7 +145,7 @@ class Sheet:
             if self.batch is None:
                 if self._waiting:
                     self.batch = Batch(self.id, self._first, self.next - self._first, joined(self._waiting))
-                self._waiting, self._first = [], self.next
+                self._taken, self._waiting, self._first = self._waiting, [], self.next
                 self._taken_size, self._size = self._size, 0
                 self._taken_since, self._since = self._since, 0.0
                 self.ends_with_batch = self.ending is not None
@@ -154,7 +155,7 @@ class Sheet:
         """The store has what was taken; its size."""
         with self._lock:
             size, self._taken_size = self._taken_size, 0
-            self.batch, self._taken_since = None, 0.0
+            self.batch, self._taken, self._taken_since = None, [], 0.0
             self.over = self.over or self.ends_with_batch
         if self.over:
             self._written.ring()
@@ -168,7 +169,7 @@ class Sheet:
     def _give_up(self) -> int:
         size = self._size + self._taken_size
         self.lost = True
-        self.batch, self._waiting = None, []
+        self.batch, self._taken, self._waiting = None, [], []
         self._size, self._taken_size, self._since, self._taken_since = 0, 0, 0.0, 0.0
         return size
 
@@ -183,16 +184,21 @@ class Sheet:
             return 0.0
         if not self.can_be_read:
             return float("inf")
-        here = time.monotonic() - self._read_at if self._read_at else float("inf")
         try:
-            return min(here, max(0.0, self._unattended(self.id) - REMOTE))
+            elsewhere = max(0.0, self._unattended(self.id) - REMOTE)
         except StoreDown:
             return 0.0  # nobody knows
+        if self.readers:  # one came while the store was asked
+            return 0.0
+        here = time.monotonic() - self._read_at if self._read_at else float("inf")
+        return min(here, elsewhere)
 
-    def unwritten(self) -> list[tuple[int, Event]]:
-        """What the store may not have yet, by seq; the end only once it may be told."""
+    def unwritten(self) -> tuple[int, list[str]]:
+        """What the store may not have yet: the seq of the first, and all in packed parts; the end only once it may be
+        told. To unpack a mebibyte takes a quarter of a second: that is for the reader, who can give way.
+        """
         with self._lock:
-            events = unpack(self.batch.payload) if self.batch is not None else []
-            events += unpack(joined(self._waiting))
-            told = list(enumerate(events, self.next - len(events)))
-        return told if self._end_is_told or self.ending is None else told[:-1]
+            parts = self._taken + self._waiting
+            if self.ending is not None and not self._end_is_told:
+                del parts[-1:]
+            return self._first if self.batch is None else self.batch.first, parts

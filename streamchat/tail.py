@@ -9,27 +9,42 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .errors import StoreDown
 from .events import Event
 from .loop import Bell, Loop
 from .sheet import Sheet
-from .store import Batch, Listener, Store, unpack
+from .store import Batch, Listener, Store, joined, unpack
 
 logger = logging.getLogger("streamchat")
 
 LISTEN = 0.25  # seconds of one wait for news: what the end of the process waits at most
 AGAIN = 0.5  # seconds until the store is listened to again after it failed
+SLICE = 8192  # bytes that are unpacked at once: some hundred small events, 2 ms
 
 
 class Tail:
-    """One reader's queue. Its owner closes it, once."""
+    """One reader's queue. Its owner closes it, once.
 
-    def __init__(self, bell: Bell, leave: Callable[[Tail], None]) -> None:
+    `trouble`: what readers of a finish are to be told of the log, which may not have it; "" where all is well.
+    """
+
+    def __init__(self, bell: Bell, leave: Callable[[Tail], None], trouble: Callable[[], str] = lambda: "") -> None:
         self.bell = bell
+        self.trouble = trouble
         self.news: deque[tuple[int, Event]] = deque()
         self._leave = leave
+        self._first, self._packed = 0, deque[str]()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there still is something from before its time: until then, each `take` is work."""
+        return bool(self._packed)
+
+    def begin(self, first: int, packed: Sequence[str]) -> None:
+        """What is from before its time. Some of it may be told as well."""
+        self._first, self._packed = first, deque(packed)
 
     def tell(self, seq: int, event: Event) -> None:
         self.news.append((seq, event))
@@ -37,9 +52,20 @@ class Tail:
 
     def take(self, until: float) -> list[tuple[int, Event]]:
         """What came since; [] at the monotonic time `until`, or when the bell was rung for another reason."""
+        if self._packed:
+            return self._unpacked()
         if not self.news:
             self.bell.wait(until)
         return [self.news.popleft() for _ in range(len(self.news))]
+
+    def _unpacked(self) -> list[tuple[int, Event]]:
+        parts, size = list[str](), 0
+        while self._packed and size < SLICE:
+            parts.append(self._packed.popleft())
+            size += len(parts[-1])
+        told = list(enumerate(unpack(joined(parts)), self._first))
+        self._first += len(told)
+        return told
 
     def close(self) -> None:
         self._leave(self)
@@ -82,9 +108,9 @@ class Tails:
 
     def of_sheet(self, sheet: Sheet) -> Tail:
         """Of an answer that is made here: from memory."""
-        tail = Tail(self._loop.bell(), lambda tail: sheet.leave(tail.tell))
+        tail = Tail(self._loop.bell(), lambda tail: sheet.leave(tail.tell), sheet.trouble)
         sheet.readers.append(tail.tell)
-        tail.news.extendleft(reversed(sheet.unwritten()))
+        tail.begin(*sheet.unwritten())
         return tail
 
     def of_store(self, id: str) -> Tail:

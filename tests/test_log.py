@@ -591,3 +591,44 @@ def test_closing_writes_more_than_one_group_holds(
     log.close()
     assert [status(store, made.id) for made in answers] == ["completed"] * 5
     assert all(kept(store, made.id) for made in answers)
+
+
+# --- renewing, and what is due beside it
+
+
+@pytest.mark.parametrize("due", ["attend", "reap"])
+def test_a_lease_is_renewed_while_the_store_lets_what_is_due_beside_it_wait(store: FaultyStore, due: str) -> None:
+    """A locked file does, each time for nearly 2 s."""
+    log, block = Log(store.store, choose_loop(), 0.3), Block()
+    elsewhere = entry(store.memory.take_lease())
+    store.memory.admit(elsewhere, NONE)
+    try:
+        made, tail = Made(log), log.follow(elsewhere.id)
+        store.before[due] = block
+        assert block.reached.wait(5)
+        renewed = store.calls.count("renew")
+        wait_until(lambda: store.calls.count("renew") >= renewed + 3, "nobody renews")
+        store.rise()
+        block.open()
+        tail.close()
+        assert made.end()
+    finally:
+        block.open()
+        log.close()
+
+
+def test_the_lease_is_given_back_after_all_that_was_due_is_done(store: FaultyStore) -> None:
+    log, block = Log(store.store, choose_loop(), 0.3), Block()
+    log.wake()
+    store.before["reap"] = block
+    store.after["reap"] = lambda: given_back.append("give_up" in store.calls)
+    given_back: list[bool] = []
+    assert block.reached.wait(5)
+    closer = threading.Thread(target=log.close)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    block.open()
+    closer.join()
+    assert given_back == [False]
+    assert store.calls[-2:] == ["give_up", "close"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamchat import replay as module
 from streamchat.encoders import ENCODERS
 from streamchat.errors import Gap, Interrupted, InvalidRequest, StoreDown, StreamChatError
 from streamchat.events import Event, Failure, Finish, Start, Text
@@ -72,12 +74,13 @@ def reading() -> Iterator[Reading]:
 
 
 def told(replay: Replay) -> list[tuple[int, str]]:
-    """Seq and text or type of each event."""
+    """Seq, or -1, and text, code or type of each event."""
     events = events_of(NDJSON, b"".join(replay.stream()))
-    return [(event["seq"], event.get("text", event.get("code", event["type"]))) for event in events]
+    return [(event.get("seq", -1), event.get("text", event.get("code", event["type"]))) for event in events]
 
 
 A, B, C, D = (Text(each) for each in "abcd")
+WARNED = (-1, "not_resumable")
 
 
 def test_events_that_are_missing_are_read_again(reading: Reading) -> None:
@@ -398,6 +401,63 @@ def test_an_answer_given_up_is_a_gap_for_who_comes_later_and_none_for_who_was_th
     made.say(D)
     reading.faulty.rise()
     made.end()
-    assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "finish")]
+    assert told(replay) == [(0, "a"), (1, "b"), (2, "c"), (3, "d"), WARNED, (4, "finish")]
     assert told(late)[-1][1] == "gap" if late.kept.next else True
     late.close()
+
+
+def test_who_comes_during_a_fault_of_the_store_leaves_others_their_turn_and_misses_nothing(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(reading.log)
+    reading.faulty.fall("write")
+    made.say(*[A] * 10_000)
+    replay = reading.replay(made.id)
+    stands, give_way = list[int](), module._give_way
+
+    def go_on() -> None:
+        """Others have their turn: the answer goes on, and ends."""
+        stands.append(replay._next)
+        give_way()
+        if len(stands) < 10:
+            made.say(B)
+        elif len(stands) == 10:
+            reading.faulty.rise()
+            made.end()
+
+    monkeypatch.setattr(module, "_give_way", go_on)
+    said = [(seq, "a") for seq in range(10_000)] + [(seq, "b") for seq in range(10_000, 10_009)]
+    assert told(replay) == [*said, (10_009, "finish")]
+    assert stands[-1] > 9000
+    assert max(after - before for before, after in pairwise([0, *stands, 10_010])) < 1000
+
+
+def test_who_reads_here_is_warned_of_a_finish_that_the_log_does_not_have(reading: Reading) -> None:
+    """As the caller is: for all others it still is in progress."""
+    made = Made(reading.log)
+    made.say(A)
+    replay = reading.replay(made.id)
+    reading.faulty.fall("write")
+    assert not made.end(0.05)
+    late = reading.replay(made.id)
+    for each in (replay, late):
+        assert told(each) == [(0, "a"), WARNED, (1, "finish")]
+    found = reading.store.find(made.id)
+    assert found is not None and found.status == "in_progress"
+
+
+def test_of_one_that_it_has_nobody_is_warned(reading: Reading) -> None:
+    made = Made(reading.log)
+    replay = reading.replay(made.id)
+    made.say(A)
+    assert made.end()
+    assert told(replay) == [(0, "a"), (1, "finish")]
+
+
+def test_a_failure_which_waits_for_no_log_is_told_without_a_warning(reading: Reading) -> None:
+    made = Made(reading.log)
+    replay = reading.replay(made.id)
+    made.say(A)
+    assert made.sheet is not None
+    made.sheet.end(Failure("interrupted", "w", True), ending(made.entry, "failed"), 0)
+    assert told(replay) == [(0, "a"), (1, "interrupted")]

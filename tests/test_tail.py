@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from streamchat.cancellation import Cancellation
 from streamchat.errors import StoreDown
 from streamchat.events import Text
 from streamchat.loop import choose_loop
+from streamchat.sheet import Sheet
 from streamchat.store import Batch, Limits
 from streamchat.tail import Tails
 from tests.keeping import FaultyStore
@@ -151,3 +153,24 @@ def test_readers_that_come_and_go_at_once_all_hear(line: Line) -> None:
         reader.join()
     assert deaf == []
     assert line.tails.ids == set()
+
+
+def test_what_is_from_before_its_time_comes_in_slices_and_then_what_is_told(line: Line) -> None:
+    sheet = Sheet(
+        line.answer.id, line.owner, Cancellation(), lambda *_: None, line.faulty.store.unattended, choose_loop()
+    )
+    for number in range(0, 5000, 5):
+        sheet.extend([Text(str(each)) for each in range(number, number + 5)])
+        if number == 2500:
+            sheet.take()
+    tail = line.tails.of_sheet(sheet)
+    sheet.extend([Text("5000")])
+    slices = list[list[tuple[int, Text]]]()
+    while tail.is_behind:
+        slices.append(tail.take(0))  # type: ignore[arg-type]
+    assert [each for told in slices for each in told] == [(number, Text(str(number))) for number in range(5000)]
+    assert max(map(len, slices)) < 1000
+    assert tail.take(0) == [(5000, Text("5000"))]
+    assert tail.take(0) == []
+    tail.close()
+    assert sheet.readers == []
