@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .ending import error_of
@@ -10,7 +10,7 @@ from .events import ENDS, Event, Failure, Refusal, Text, usage_json
 from .store import LIVE, Batch, Kept, unpack
 
 
-def document(kept: Kept, batches: Sequence[Batch]) -> dict[str, Any]:
+def document(kept: Kept, batches: Iterable[Batch]) -> dict[str, Any]:
     """`text` is what there is so far; null where the log of an ended answer is not complete."""
     events = _events(batches)
     is_whole = kept.status in LIVE or bool(events and isinstance(events[-1], ENDS))
@@ -26,7 +26,7 @@ def document(kept: Kept, batches: Sequence[Batch]) -> dict[str, Any]:
     }
 
 
-def _events(batches: Sequence[Batch]) -> list[Event] | None:
+def _events(batches: Iterable[Batch]) -> list[Event] | None:
     """From the first on; None where some are missing, or are not whole."""
     events: list[Event] = []
     for batch in batches:

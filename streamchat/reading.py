@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from flask import Response, request, url_for
 
@@ -20,7 +20,7 @@ from .errors import InvalidRequest, StoreDown, StreamChatError
 from .events import ENDS, Event, Failure, Finish, Start
 from .hangup import Caller
 from .mount import Mount
-from .replay import Replay, past_the_end
+from .replay import SLICE, Replay, give_way, past_the_end
 from .responses import ANSWER, HEADERS, in_dialect, streamed
 from .store import LIVE, Batch, Kept, unpack
 
@@ -172,9 +172,20 @@ def accepted(mount: Mount, kept: Kept, own_id: str) -> Response:
 
 def _told_whole(mount: Mount, kept: Kept) -> Response:
     request.environ[HEADERS]["X-Response-Id"] = kept.id
-    return _document(kept, mount.log.store.read(kept.id, -1))
+    return _document(kept, _unhurried(mount.log.store.read(kept.id, -1)))
 
 
-def _document(kept: Kept, batches: Sequence[Batch]) -> Response:
+def _unhurried(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """To unpack a long answer takes as long as many pieces of others."""
+    size = 0
+    for batch in batches:
+        yield batch
+        size += len(batch.payload)
+        if size > SLICE:
+            size = 0
+            give_way()
+
+
+def _document(kept: Kept, batches: Iterable[Batch]) -> Response:
     body = json.dumps(document(kept, batches))
     return Response(body + "\n", content_type="application/json", headers={"Cache-Control": "no-store"})

@@ -150,7 +150,7 @@ class Replay:
                 while pending and len(pending) + len(piece) > SLICE:  # an event is cut only where it is longer itself
                     yield pending[:SLICE]
                     pending = pending[SLICE:]
-                    _give_way()
+                    give_way()
                 pending += piece
             yield from (pending[at : at + SLICE] for at in range(0, len(pending), SLICE))
             pending = b""
@@ -187,7 +187,7 @@ class Replay:
         """What came; None where a heartbeat is due. Raises the cancellation's reason, or Gap."""
         while self._tail is not None:
             if self._tail.is_behind:
-                _give_way()
+                give_way()
             news = self._tail.take(min(self._due, self._look_at))
             self.cancellation.check()
             now = time.monotonic()
@@ -221,7 +221,7 @@ class Replay:
             if told and (len(told) >= MANY or beyond):
                 yield told
                 told = []
-                _give_way()  # many small events are no slice, and take as long
+                give_way()  # many small events are no slice, and take as long
             if beyond:
                 raise Gap
         if told:
@@ -278,7 +278,7 @@ def past_the_end(last: int) -> InvalidRequest:
     return InvalidRequest(f'"after" and Last-Event-ID must be at most {last}, the "seq" of this answer\'s last event.')
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """A long answer leaves others their turn. gevent polls no socket in a sleep of 0, up to 50 times in a row."""
     time.sleep(BREATH)
 

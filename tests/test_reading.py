@@ -115,6 +115,17 @@ def test_who_has_read_finish_reads_completed(upstream: FakeUpstream, here: Shop,
                 assert get(there, f"/responses/{caller.id}").json["status"] == "completed"  # type: ignore[index]
 
 
+def test_the_object_of_a_long_answer_gives_others_their_turn(
+    upstream: FakeUpstream, here: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[None] = []
+    monkeypatch.setattr("streamchat.reading.give_way", lambda: turns.append(None))
+    upstream.script = answer(["word " * 2000] * 30)
+    id = ask(here, accept=NDJSON).headers["X-Response-Id"]
+    assert get(here, f"/responses/{id}").json["text"] == "word " * 60_000  # type: ignore[index]
+    assert len(turns) > 1
+
+
 def test_the_object_of_an_answer_that_runs(upstream: FakeUpstream, here: Shop, there: Shop) -> None:
     gate, upstream.script = gated()
     with serve(here.app) as port, Started(port) as caller:

@@ -413,7 +413,7 @@ def test_who_comes_during_a_fault_of_the_store_leaves_others_their_turn_and_miss
     reading.faulty.fall("write")
     made.say(*[A] * 10_000)
     replay = reading.replay(made.id)
-    stands, give_way = list[int](), module._give_way
+    stands, give_way = list[int](), module.give_way
 
     def go_on() -> None:
         """Others have their turn: the answer goes on, and ends."""
@@ -425,7 +425,7 @@ def test_who_comes_during_a_fault_of_the_store_leaves_others_their_turn_and_miss
             reading.faulty.rise()
             made.end()
 
-    monkeypatch.setattr(module, "_give_way", go_on)
+    monkeypatch.setattr(module, "give_way", go_on)
     said = [(seq, "a") for seq in range(10_000)] + [(seq, "b") for seq in range(10_000, 10_009)]
     assert told(replay) == [*said, (10_009, "finish")]
     assert stands[-1] > 9000
