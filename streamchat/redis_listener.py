@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -141,6 +142,7 @@ class RedisListener:
         self._events = prefix + b"events:"
         self._cancels = prefix + b"cancels:" + owner.encode()
         self._wanted: dict[bytes, str] = {}
+        self._asked = Counter[bytes]()  # how many that did not fail wanted each since it was last dropped
         self._turn = threading.Condition()
         self._reading = False
         self._connecting = threading.Lock()
@@ -153,7 +155,9 @@ class RedisListener:
     def add(self, id: str) -> None:
         channel = self._channel(id)
         until = time.monotonic() + CONFIRM_WITHIN
-        self._wanted[channel] = id
+        with self._turn:
+            self._asked[channel] += 1
+            self._wanted[channel] = id
         try:
             line = self._connected(until)
             ticket = line.subscribe([channel])
@@ -163,11 +167,22 @@ class RedisListener:
                 raise StoreDown
         except LineLost:
             self._lose(line)
-            self._wanted.pop(channel, None)
+            self._unwant(channel)
             raise StoreDown from None
         except BaseException:
-            self._wanted.pop(channel, None)
+            self._unwant(channel)
             raise
+
+    def _unwant(self, channel: bytes) -> None:
+        """One that came has failed. Those who came before it or meanwhile go on."""
+        with self._turn:
+            self._asked[channel] -= 1
+            if self._asked[channel] <= 0:
+                self._forget(channel)
+
+    def _forget(self, channel: bytes) -> bool:
+        self._asked.pop(channel, None)
+        return self._wanted.pop(channel, None) is not None
 
     def _channel(self, id: str) -> bytes:
         return self._events + id.encode("utf-8", "surrogatepass")
@@ -175,7 +190,7 @@ class RedisListener:
     def drop(self, id: str) -> None:
         channel = self._channel(id)
         line = self._line
-        if self._wanted.pop(channel, None) is not None and line is not None:
+        if self._forget(channel) and line is not None:
             try:
                 line.unsubscribe(channel)
             except LineLost:

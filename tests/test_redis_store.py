@@ -29,6 +29,7 @@ from streamchat.redis_listener import RedisListener, frames
 from streamchat.redis_store import RedisStore
 from streamchat.store import Batch, Ending, Entry, Limits, pack
 
+from .asking import Background
 from .queue_contract import QueueContract
 from .redis_server import RedisServer, free_port
 from .store_contract import EMPTY, StoreContract
@@ -813,3 +814,70 @@ def test_messages_are_the_same_however_their_bytes_are_split(messages: list[list
         some, rest = frames(rest + whole[begin:end])
         found += some
     assert (found, rest) == (messages, b"")
+
+
+def test_a_reader_that_fails_to_come_takes_nothing_from_those_who_read(
+    server: RedisServer, store: RedisStore, owner: str
+) -> None:
+    store.admit(entry(owner), Limits())
+    listener = store.listen("reader")
+    listener.add("resp_1")
+    server.stop()
+    try:
+        with pytest.raises(StoreDown):
+            listener.add("resp_1")
+    finally:
+        server.go_on()
+    with pytest.raises(StoreDown):  # the line was lost; from then on it has a new one
+        listener.wait(0.0)
+    listener.wait(0.0)
+    store.write(owner, [batch(0)], [])
+    assert hear(listener, 1) == [batch(0)]
+    listener.close()
+
+
+class Killed(BaseException):
+    """As gevent's GreenletExit."""
+
+
+def test_a_reader_that_is_killed_while_it_comes_takes_nothing_from_one_who_came_meanwhile(
+    store: RedisStore, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.admit(entry(owner), Limits())
+    listener = store.listen("reader")
+    listener.wait(0.0)
+    line = listener._line
+    assert line is not None
+    came, kill = threading.Event(), threading.Event()
+
+    def hang(_: object) -> int:
+        monkeypatch.undo()
+        came.set()
+        assert kill.wait(HEARD_WITHIN)
+        raise Killed
+
+    monkeypatch.setattr(line, "subscribe", hang)
+    first = Background(lambda: listener.add("resp_1"))
+    assert came.wait(HEARD_WITHIN)
+    listener.add("resp_1")
+    kill.set()
+    first.join()
+    assert isinstance(first.error, Killed)
+    store.write(owner, [batch(0)], [])
+    assert hear(listener, 1) == [batch(0)]
+    listener.close()
+
+
+def test_readers_that_all_failed_to_come_leave_nothing_behind(server: RedisServer, store: RedisStore) -> None:
+    listener = store.listen("reader")
+    listener.wait(0.0)
+    server.stop()
+    try:
+        calls = [Background(lambda: listener.add("resp_1")) for _ in range(3)]
+        for call in calls:
+            call.join()
+    finally:
+        server.go_on()
+    assert {type(call.error) for call in calls} == {StoreDown}
+    assert (listener._wanted, listener._asked) == ({}, {})
+    listener.close()
