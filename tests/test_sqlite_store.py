@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from streamchat import sqlite_listener
+from streamchat.errors import StoreDown
 from streamchat.loop import ThreadLoop
+from streamchat.sqlite_schema import Connection
 from streamchat.sqlite_store import SqliteStore
 
+from .asking import Background, wait_until
 from .queue_contract import QueueContract
-from .store_contract import LEASE, Clock, ClockContract, StoreContract
+from .store_contract import HEARD_WITHIN, LEASE, NONE, Clock, ClockContract, StoreContract, entry, heard, texts
 
 
 class TestSqliteStore(QueueContract, ClockContract, StoreContract):
@@ -26,3 +31,51 @@ class TestSqliteStore(QueueContract, ClockContract, StoreContract):
         store = SqliteStore(str(tmp_path / "log.db"), LEASE, ThreadLoop().lane, clock)
         yield store
         store.close()
+
+    def test_a_poll_that_fails_half_way_loses_no_cancel_and_no_news(
+        self, store: SqliteStore, owner: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answer = entry(owner)
+        store.admit(answer, NONE)
+        listener = store.listen(owner)
+        listener.add(answer.id)
+        store.write(owner, [texts(answer.id, 0, 2)], [])
+        store.cancel(answer.id)
+
+        def fail(_: Connection) -> int:
+            monkeypatch.undo()
+            raise OSError
+
+        monkeypatch.setattr(sqlite_listener, "_newest", fail)  # asked once it is known what was cancelled
+        with pytest.raises(StoreDown):
+            listener.wait(0.0)
+        assert heard(listener, lambda *found: all(found)) == ([texts(answer.id, 0, 2)], [answer.id])
+
+    def test_a_poll_that_is_done_again_because_of_another_task_loses_no_cancel_and_no_news(
+        self, store: SqliteStore, owner: str
+    ) -> None:
+        answer = entry(owner)
+        store.admit(answer, NONE)
+        listener = store.listen(owner)
+        listener.add(answer.id)
+        store.write(owner, [texts(answer.id, 0, 2)], [])
+        store.cancel(answer.id)
+        held, go_on = Event(), Event()
+
+        def hold(_: Connection) -> None:
+            held.set()
+            assert go_on.wait(HEARD_WITHIN)
+
+        def fail(_: Connection) -> None:
+            raise OSError
+
+        tasks = [Background(lambda: store._reader.run(hold))]
+        assert held.wait(HEARD_WITHIN)
+        for task in (lambda: listener.wait(0.5), lambda: store._reader.run(fail)):
+            tasks.append(Background(task))
+            wait_until(lambda: len(store._reader._waiting) == len(tasks) - 1)
+        go_on.set()
+        for each in tasks:
+            each.join()
+        assert isinstance(tasks[2].error, StoreDown)
+        assert tasks[1].result == ([texts(answer.id, 0, 2)], [answer.id])
