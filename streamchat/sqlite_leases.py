@@ -32,7 +32,7 @@ class Leases:
     """Every method with a connection runs in its transaction."""
 
     def __init__(self, path: str, seconds: float, clock: Callable[[], float]) -> None:
-        self._path = path + SUFFIX
+        self._path = path
         self._seconds = seconds
         self._clock = clock
         self._boot = boot_id()
@@ -82,5 +82,6 @@ class Leases:
 
     def _file(self) -> int:
         if self._fd is None:
-            self._fd = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, MODE)
+            # SQLite follows links, too: by whatever name a process opens the log, it looks for the same leases.
+            self._fd = os.open(os.path.realpath(self._path) + SUFFIX, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, MODE)
         return self._fd

@@ -79,3 +79,18 @@ class TestSqliteStore(QueueContract, ClockContract, StoreContract):
             each.join()
         assert isinstance(tasks[2].error, StoreDown)
         assert tasks[1].result == ([texts(answer.id, 0, 2)], [answer.id])
+
+
+def test_a_file_by_another_name_is_the_same_log(tmp_path: Path) -> None:
+    """What a process makes is not taken for a dead one's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link.db").symlink_to(tmp_path / "data" / "log.db")
+    names = (tmp_path / "data" / "log.db", tmp_path / "link.db", tmp_path / "data" / ".." / "link.db")
+    stores = [SqliteStore(str(name), LEASE, ThreadLoop().lane) for name in names]
+    for store in stores:
+        store.admit(entry(store.take_lease()), NONE)
+    assert [store.reap() for store in stores] == [[], [], []]
+    assert stores[0].gauges()["owners"] == 3
+    for store in stores:
+        store.close()
+    assert {path.name for path in tmp_path.rglob("*-leases")} == {"log.db-leases"}
