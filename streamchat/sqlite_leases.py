@@ -5,10 +5,11 @@ Renewing overwrites 16 bytes in place, so it works while the database is locked,
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import LeaseLost
@@ -53,8 +54,20 @@ class Leases:
         self._living_slot(connection, owner)
 
     def living(self, connection: Connection) -> list[str]:
-        found = connection.execute("SELECT slot, owner FROM owners WHERE boot = ?", (self._boot,)).fetchall()
-        return [owner for slot, owner in found if self._is_running(slot)]
+        return self.census(connection)[0]
+
+    def census(self, connection: Connection) -> tuple[list[str], list[str]]:
+        """Who lives; and who is dead, and still has a row."""
+        living, dead = list[str](), list[str]()
+        for slot, owner, boot in connection.execute("SELECT slot, owner, boot FROM owners").fetchall():
+            (living if boot == self._boot and self._is_running(slot) else dead).append(owner)
+        return living, dead
+
+    def bury(self, connection: Connection, dead: Sequence[str]) -> None:
+        """By whoever counts on their death, in one transaction: who is in the middle of `renew` would live again."""
+        if dead:
+            gone = "DELETE FROM owners WHERE owner IN (SELECT value FROM json_each(?))"
+            connection.execute(gone, (json.dumps(dead),))
 
     def close(self) -> None:
         fd, self._fd = self._fd, None

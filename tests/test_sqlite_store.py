@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 
 import pytest
 
 from streamchat import sqlite_listener
-from streamchat.errors import StoreDown
+from streamchat.errors import LeaseLost, StoreDown
 from streamchat.loop import ThreadLoop
 from streamchat.sqlite_schema import Connection
 from streamchat.sqlite_store import SqliteStore
+from streamchat.store import Limits
 
 from .asking import Background, wait_until
 from .queue_contract import QueueContract
@@ -94,3 +95,44 @@ def test_a_file_by_another_name_is_the_same_log(tmp_path: Path) -> None:
     for store in stores:
         store.close()
     assert {path.name for path in tmp_path.rglob("*-leases")} == {"log.db-leases"}
+
+
+class StoppingClock(Clock):
+    """Whoever looks at it next is stopped there, while others do something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: list[Callable[[], object]] = []
+
+    def __call__(self) -> float:
+        now = super().__call__()
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        return now
+
+
+@pytest.mark.parametrize("limits", [Limits(streams_per_user=1), Limits(streams=1), Limits(tokens_per_day=100)])
+def test_a_lease_that_an_admission_counted_as_dead_does_not_live_again(tmp_path: Path, limits: Limits) -> None:
+    clock = StoppingClock()
+    slow, quick = (SqliteStore(str(tmp_path / "log.db"), LEASE, ThreadLoop().lane, clock) for _ in range(2))
+    stopped = slow.take_lease()
+    orphan = entry(stopped, user="ann", reserve=70)
+    slow.admit(orphan, limits)
+    clock.now += LEASE * 0.9
+    owner = quick.take_lease()
+
+    def take_its_place() -> None:
+        clock.now += LEASE * 0.2
+        quick.admit(entry(owner, user="ann", reserve=70), limits)
+
+    clock.meanwhile.append(take_its_place)
+    slow.renew(stopped)  # it saw that it lived, and was stopped until it did not
+    gauges = quick.gauges()
+    assert (gauges["live"], gauges["reserved"], gauges["owners"]) == (1, 70, 1)
+    with pytest.raises(LeaseLost):
+        slow.renew(stopped)
+    with pytest.raises(LeaseLost):
+        slow.write(stopped, [texts(orphan.id, 0, 1)], [])
+    assert quick.reap() == [orphan.id]
+    slow.close()
+    quick.close()
