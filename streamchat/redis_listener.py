@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ class Line:
     def __init__(self, link: Link) -> None:
         self._connection, self._socket = link.dedicated()
         self._sending = threading.Lock()
+        self._unsent = deque[bytes]()  # commands, in order
         self._rest = b""
         self._heard = time.monotonic()
         self._asked = 0.0  # monotonic; 0.0 while no PING waits for its answer
@@ -75,19 +77,23 @@ class Line:
         """The value that `confirmed` reaches once Redis has done it."""
         with self._sending:
             for start in range(0, len(channels), SUBSCRIBE_AT_ONCE):
-                part = channels[start : start + SUBSCRIBE_AT_ONCE]
-                self.sent += len(part)
-                self._send(b"SUBSCRIBE", *part)
+                self._put(b"SUBSCRIBE", *channels[start : start + SUBSCRIBE_AT_ONCE])
+            self.sent += len(channels)
+            self._send()
             return self.sent
 
     def unsubscribe(self, channel: bytes) -> None:
-        with self._sending:
-            self._send(b"UNSUBSCRIBE", channel)
+        """Goes out with what is sent next, or received. The collector may call it, also in the middle of a `_send`."""
+        self._put(b"UNSUBSCRIBE", channel)
 
-    def _send(self, *command: bytes) -> None:
+    def _put(self, *command: bytes) -> None:
         parts = [b"*%d\r\n" % len(command), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in command)]
+        self._unsent.append(b"".join(parts))
+
+    def _send(self) -> None:
         try:
-            self._socket.sendall(b"".join(parts))
+            while self._unsent:
+                self._socket.sendall(self._unsent.popleft())
         except OSError:
             raise LineLost from None
 
@@ -95,9 +101,11 @@ class Line:
         """Messages as channel and payload; none after at most so many seconds."""
         now = time.monotonic()
         if not self._asked and now - self._heard >= SILENT_SECONDS:
-            with self._sending:
-                self._send(b"PING")
+            self._put(b"PING")
             self._asked = now
+        if self._unsent:
+            with self._sending:
+                self._send()
         due = self._asked + PONG_WITHIN if self._asked else self._heard + SILENT_SECONDS
         data = self._read(min(seconds, due - now))
         if data:
@@ -141,6 +149,7 @@ class RedisListener:
         self._events = prefix + b"events:"
         self._cancels = prefix + b"cancels:" + owner.encode()
         self._wanted: dict[bytes, str] = {}
+        self._asked = Counter[bytes]()  # how many that did not fail wanted each since it was last dropped
         self._turn = threading.Condition()
         self._reading = False
         self._connecting = threading.Lock()
@@ -153,21 +162,32 @@ class RedisListener:
     def add(self, id: str) -> None:
         channel = self._channel(id)
         until = time.monotonic() + CONFIRM_WITHIN
-        self._wanted[channel] = id
+        with self._turn:
+            self._asked[channel] += 1
+            self._wanted[channel] = id
         try:
             line = self._connected(until)
             ticket = line.subscribe([channel])
             self._pump(line, until, lambda: line.confirmed >= ticket)
             if line.confirmed < ticket:
-                self._lose(line)
-                raise StoreDown
-        except LineLost:
+                raise LineLost
+        except BaseException as error:
+            self._unwant(channel)
+            if not isinstance(error, LineLost):
+                raise
             self._lose(line)
-            self._wanted.pop(channel, None)
             raise StoreDown from None
-        except BaseException:
-            self._wanted.pop(channel, None)
-            raise
+
+    def _unwant(self, channel: bytes) -> None:
+        """One that came has failed. Those who came before it or meanwhile go on."""
+        with self._turn:
+            self._asked[channel] -= 1
+            if self._asked[channel] <= 0:
+                self._forget(channel)
+
+    def _forget(self, channel: bytes) -> bool:
+        self._asked.pop(channel, None)
+        return self._wanted.pop(channel, None) is not None
 
     def _channel(self, id: str) -> bytes:
         return self._events + id.encode("utf-8", "surrogatepass")
@@ -175,11 +195,8 @@ class RedisListener:
     def drop(self, id: str) -> None:
         channel = self._channel(id)
         line = self._line
-        if self._wanted.pop(channel, None) is not None and line is not None:
-            try:
-                line.unsubscribe(channel)
-            except LineLost:
-                self._lose(line)
+        if self._forget(channel) and line is not None:
+            line.unsubscribe(channel)
 
     def wait(self, seconds: float) -> tuple[list[Batch], list[str]]:
         now = time.monotonic()

@@ -5,10 +5,11 @@ Renewing overwrites 16 bytes in place, so it works while the database is locked,
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import LeaseLost
@@ -32,7 +33,7 @@ class Leases:
     """Every method with a connection runs in its transaction."""
 
     def __init__(self, path: str, seconds: float, clock: Callable[[], float]) -> None:
-        self._path = path + SUFFIX
+        self._path = path
         self._seconds = seconds
         self._clock = clock
         self._boot = boot_id()
@@ -53,8 +54,20 @@ class Leases:
         self._living_slot(connection, owner)
 
     def living(self, connection: Connection) -> list[str]:
-        found = connection.execute("SELECT slot, owner FROM owners WHERE boot = ?", (self._boot,)).fetchall()
-        return [owner for slot, owner in found if self._is_running(slot)]
+        return self.census(connection)[0]
+
+    def census(self, connection: Connection) -> tuple[list[str], list[str]]:
+        """Who lives; and who is dead, and still has a row."""
+        living, dead = list[str](), list[str]()
+        for slot, owner, boot in connection.execute("SELECT slot, owner, boot FROM owners").fetchall():
+            (living if boot == self._boot and self._is_running(slot) else dead).append(owner)
+        return living, dead
+
+    def bury(self, connection: Connection, dead: Sequence[str]) -> None:
+        """By whoever counts on their death, in one transaction: who is in the middle of `renew` would live again."""
+        if dead:
+            gone = "DELETE FROM owners WHERE owner IN (SELECT value FROM json_each(?))"
+            connection.execute(gone, (json.dumps(dead),))
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
@@ -82,5 +95,6 @@ class Leases:
 
     def _file(self) -> int:
         if self._fd is None:
-            self._fd = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, MODE)
+            # SQLite follows links, too: by whatever name a process opens the log, it looks for the same leases.
+            self._fd = os.open(os.path.realpath(self._path) + SUFFIX, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, MODE)
         return self._fd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 
 from .sqlite_file import File
 from .sqlite_schema import Connection
@@ -23,6 +24,15 @@ NEW = f"""
 STOPPED = "SELECT id FROM answers WHERE owner = ? AND cancelled = 1 AND ended_at IS NULL"
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was told: pieces up to a number, own answers that were cancelled."""
+
+    newest: int
+    stopped: frozenset[str] = frozenset()
+    version: tuple[int, int] | None = None  # of the data, as the file's connection told it; None where there is more
+
+
 class SqliteListener:
     """`Listener` by asking every 20 to 50 ms whether anything was committed, and only then what.
 
@@ -33,10 +43,8 @@ class SqliteListener:
         self._file = file
         self._owner = owner
         self._wanted: dict[str, int | None] = {}  # ids and their numbers, None until the answer is found
-        self._told: set[str] = set()
-        self._version: tuple[int, int] | None = None  # of the data, as the file's connection told it
         self._due = self._heard = 0.0  # monotonic
-        self._seen: int = file.run(_newest)
+        self._seen = _Seen(file.run(_newest))
 
     def add(self, id: str) -> None:
         self._wanted.setdefault(id, None)
@@ -49,7 +57,9 @@ class SqliteListener:
         while True:
             begin = self._rest(until)
             self._due = begin + self._pace(begin)
-            batches, stopped = self._file.run(self._poll)
+            batches, seen = self._file.run(self._poll)
+            stopped = sorted(seen.stopped - self._seen.stopped)
+            self._seen = seen
             if batches:
                 self._heard = begin
             if batches or stopped or time.monotonic() >= until:
@@ -70,25 +80,26 @@ class SqliteListener:
     def close(self) -> None:
         """The connection is the store's."""
 
-    def _poll(self, connection: Connection) -> tuple[list[Batch], list[str]]:
-        """In one transaction, so that an answer and its pieces are of the same moment."""
-        version = (self._file.opened, connection.execute("PRAGMA data_version").get)
-        if version == self._version:
-            return [], []
-        found = connection.execute(STOPPED, (self._owner,)).fetchall()
-        stopped = {id for (id,) in found}
-        new, self._told = stopped - self._told, stopped
-        batches, is_all = self._batches(connection)
-        self._version = version if is_all else None
-        return batches, sorted(new)
+    def _poll(self, connection: Connection) -> tuple[list[Batch], _Seen]:
+        """In one transaction, so that an answer and its pieces are of the same moment.
 
-    def _batches(self, connection: Connection) -> tuple[list[Batch], bool]:
-        newest = _newest(connection)
-        ids = self._numbers(connection) if newest > self._seen else {}
-        rows = connection.execute(NEW, (self._seen, newest, json.dumps(list(ids)))).fetchall() if ids else []
+        The file may undo it and do it again: what it found counts as seen once `wait` has it.
+        """
+        version = (self._file.opened, connection.execute("PRAGMA data_version").get)
+        if version == self._seen.version:
+            return [], self._seen
+        stopped = frozenset(id for (id,) in connection.execute(STOPPED, (self._owner,)))
+        batches, newest, is_all = self._batches(connection)
+        return batches, _Seen(newest, stopped, version if is_all else None)
+
+    def _batches(self, connection: Connection) -> tuple[list[Batch], int, bool]:
+        """What is new, up to which piece, and whether that is all."""
+        seen, newest = self._seen.newest, _newest(connection)
+        ids = self._numbers(connection) if newest > seen else {}
+        rows = connection.execute(NEW, (seen, newest, json.dumps(list(ids)))).fetchall() if ids else []
         is_all = len(rows) < BATCHES_A_POLL
-        self._seen = newest if is_all else rows[-1][0]
-        return [Batch(ids[answer], first, count, payload) for _, answer, first, count, payload in rows], is_all
+        batches = [Batch(ids[answer], first, count, payload) for _, answer, first, count, payload in rows]
+        return batches, newest if is_all else rows[-1][0], is_all
 
     def _numbers(self, connection: Connection) -> dict[int, str]:
         wanted = self._wanted.copy()  # others add and drop meanwhile

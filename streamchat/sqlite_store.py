@@ -197,7 +197,8 @@ class SqliteStore:
         of_user, of_all, of_day = needs_count(limits, entry.user)
         if not (of_user or of_all or of_day):
             return
-        living, user = counted(self._leases.living(connection)), bound(entry.user)
+        owners, dead = self._leases.census(connection)
+        living, user = counted(owners), bound(entry.user)
         if of_all and connection.execute(f"SELECT count(*) {LIVE_OF_LIVING}", (living,)).get >= limits.streams:
             raise TooManyStreams()
         if of_user or of_day:
@@ -208,6 +209,7 @@ class SqliteStore:
             spent = self._spent(connection, user, midnight(entry.created_at)) if of_day else 0
             if is_over(limits.tokens_per_day, spent + reserved, entry.reserve):
                 raise BudgetExhausted()
+        self._leases.bury(connection, dead)
 
     def _spent(self, connection: Connection, user: str | bytes | None, since: float) -> int:
         asked = "SELECT ifnull(sum(input_tokens + output_tokens), 0) FROM ledger WHERE user = ? AND started >= ?"

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from .waits import NEVER, Bell, Lane, T, Waiter
@@ -47,17 +48,26 @@ class _LockedLane:
         """There is no thread."""
 
 
-class _EventBell:
+class _QueueBell:
+    """The collector, or a signal, may ring in the middle of a ring or a wait of the same thread. An Event would wait
+    for itself then, and a Condition over a reentrant lock lose the ring; SimpleQueue is made for it.
+    """
+
     def __init__(self) -> None:
-        self._rung = threading.Event()
+        self._rings: SimpleQueue[None] = SimpleQueue()
 
     def ring(self) -> None:
-        self._rung.set()
+        if self._rings.empty():  # one is as good as many
+            self._rings.put(None)
 
     def wait(self, until: float) -> bool:
-        rung = self._rung.wait(None if until == NEVER else max(0.0, until - time.monotonic()))
-        self._rung.clear()
-        return rung
+        try:
+            self._rings.get(timeout=None if until == NEVER else max(0.0, until - time.monotonic()))
+        except Empty:
+            return False
+        for _ in range(self._rings.qsize()):  # two may have rung at once
+            self._rings.get_nowait()
+        return True
 
 
 class ThreadLoop:
@@ -113,4 +123,4 @@ class ThreadLoop:
         return threading.RLock()
 
     def bell(self) -> Bell:
-        return _EventBell()
+        return _QueueBell()

@@ -418,6 +418,50 @@ def test_a_ring_of_one_bell_does_not_end_a_wait_for_another(loop: Loop) -> None:
         ringing.join()
 
 
+def interrupted(task: Callable[[], object], each: Callable[[], object]) -> object:
+    """What the task returns; something is done at each call and return in it, as by the collector.
+
+    In a thread of its own: what waits for itself fails, and does not hang.
+    """
+    returned: list[object] = []
+
+    def run() -> None:
+        sys.setprofile(lambda *_: each())
+        try:
+            ended = task()
+        finally:
+            sys.setprofile(None)
+        returned.append(ended)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SOON)
+    assert returned, "it hangs"
+    return returned[0]
+
+
+def test_a_bell_may_be_rung_at_any_moment_of_a_ring(loop: Loop) -> None:
+    bell = loop.bell()
+    interrupted(bell.ring, bell.ring)
+    assert bell.wait(soon())
+    assert not bell.wait(time.monotonic())
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("moment", range(16))
+def test_a_ring_at_any_moment_of_a_wait_ends_it_or_is_kept(loop: Loop, moment: int) -> None:
+    """Also in the very thread that waits. There are fewer moments than these."""
+    bell, left = loop.bell(), [moment]
+
+    def ring() -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            bell.ring()
+
+    ended = interrupted(lambda: bell.wait(time.monotonic() + 0.05), ring)
+    assert left[0] >= 0 or ended or bell.wait(time.monotonic())
+
+
 # A lane
 
 

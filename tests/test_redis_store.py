@@ -29,6 +29,7 @@ from streamchat.redis_listener import RedisListener, frames
 from streamchat.redis_store import RedisStore
 from streamchat.store import Batch, Ending, Entry, Limits, pack
 
+from .asking import Background
 from .queue_contract import QueueContract
 from .redis_server import RedisServer, free_port
 from .store_contract import EMPTY, StoreContract
@@ -820,3 +821,123 @@ def test_messages_are_the_same_however_their_bytes_are_split(messages: list[list
         some, rest = frames(rest + whole[begin:end])
         found += some
     assert (found, rest) == (messages, b"")
+
+
+def test_a_reader_that_fails_to_come_takes_nothing_from_those_who_read(
+    server: RedisServer, store: RedisStore, owner: str
+) -> None:
+    store.admit(entry(owner), Limits())
+    listener = store.listen("reader")
+    listener.add("resp_1")
+    server.stop()
+    try:
+        with pytest.raises(StoreDown):
+            listener.add("resp_1")
+    finally:
+        server.go_on()
+    with pytest.raises(StoreDown):  # the line was lost; from then on it has a new one
+        listener.wait(0.0)
+    listener.wait(0.0)
+    store.write(owner, [batch(0)], [])
+    assert hear(listener, 1) == [batch(0)]
+    listener.close()
+
+
+class Killed(BaseException):
+    """As gevent's GreenletExit."""
+
+
+def test_a_reader_that_is_killed_while_it_comes_takes_nothing_from_one_who_came_meanwhile(
+    store: RedisStore, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.admit(entry(owner), Limits())
+    listener = store.listen("reader")
+    listener.wait(0.0)
+    line = listener._line
+    assert line is not None
+    came, kill = threading.Event(), threading.Event()
+
+    def hang(_: object) -> int:
+        monkeypatch.undo()
+        came.set()
+        assert kill.wait(HEARD_WITHIN)
+        raise Killed
+
+    monkeypatch.setattr(line, "subscribe", hang)
+    first = Background(lambda: listener.add("resp_1"))
+    assert came.wait(HEARD_WITHIN)
+    listener.add("resp_1")
+    kill.set()
+    first.join()
+    assert isinstance(first.error, Killed)
+    store.write(owner, [batch(0)], [])
+    assert hear(listener, 1) == [batch(0)]
+    listener.close()
+
+
+def test_readers_that_all_failed_to_come_leave_nothing_behind(server: RedisServer, store: RedisStore) -> None:
+    listener = store.listen("reader")
+    listener.wait(0.0)
+    server.stop()
+    try:
+        calls = [Background(lambda: listener.add("resp_1")) for _ in range(3)]
+        for call in calls:
+            call.join()
+    finally:
+        server.go_on()
+    assert {type(call.error) for call in calls} == {StoreDown}
+    assert (listener._wanted, listener._asked) == ({}, {})
+    listener.close()
+
+
+class InterruptedSocket:
+    """Runs something when half of what is sent is on its way, as the collector may in a `sendall`."""
+
+    def __init__(self, real: socket.socket, interrupt: Callable[[], object]) -> None:
+        self._real = real
+        self._interrupt = interrupt
+
+    def sendall(self, data: bytes) -> None:
+        self._real.sendall(data[: len(data) // 2])
+        self._interrupt()
+        self._real.sendall(data[len(data) // 2 :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_a_reader_that_the_collector_ends_while_another_one_comes_disturbs_nobody(
+    server: RedisServer, store: RedisStore, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = store.listen(owner)
+    for id in ("resp_1", "resp_2"):
+        store.admit(entry(owner, id), Limits())
+    listener.add("resp_1")
+    line = listener._line
+    assert line is not None
+    monkeypatch.setattr(line, "_socket", InterruptedSocket(line._socket, lambda: listener.drop("resp_1")))
+    adding = Background(lambda: listener.add("resp_2"))
+    adding.join()
+    assert adding.error is None
+    store.write(owner, [batch(0), batch(0, id="resp_2")], [])
+    assert hear(listener, 1) == [batch(0, id="resp_2")]
+    assert listener._line is line
+    assert eventually(lambda: numsub(server) == {"resp_1": 0, "resp_2": 1})
+    listener.close()
+
+
+def test_what_is_dropped_is_unsubscribed_by_who_waits(server: RedisServer, store: RedisStore) -> None:
+    listener = store.listen("reader")
+    listener.add("resp_1")
+    assert numsub(server) == {"resp_1": 1, "resp_2": 0}
+    listener.drop("resp_1")
+    listener.wait(0.0)
+    assert eventually(lambda: numsub(server) == {"resp_1": 0, "resp_2": 0})
+    listener.close()
+
+
+def numsub(server: RedisServer) -> dict[str, int]:
+    """How many connections hear each answer."""
+    ids = ("resp_1", "resp_2")
+    found = server.client.pubsub_numsub(*(f"streamchat:events:{id}" for id in ids))
+    return {id: many for id, (_, many) in zip(ids, found, strict=True)}
