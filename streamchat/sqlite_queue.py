@@ -12,7 +12,7 @@ from typing import Any
 from .sqlite_file import bound, unbound
 from .sqlite_leases import Leases
 from .sqlite_schema import Connection
-from .store import Entry
+from .store import MOST_CLAIMS, Entry
 
 FOUND = "SELECT nr FROM answers WHERE status = 'queued' AND owner = '' AND queue = ?"
 BY_AGE = f"{FOUND} AND created_at < ? ORDER BY created_at, nr LIMIT ?"
@@ -35,6 +35,8 @@ CLAIMED = f"""
     UPDATE answers SET owner = ?, claims = claims + 1 WHERE nr IN (SELECT value FROM json_each(?))
     RETURNING {", ".join(COLUMNS)}"""
 BEGUN = "UPDATE answers SET status = 'in_progress' WHERE id = ? AND owner = ? AND status = 'queued'"
+FREED_OF = """
+    UPDATE answers SET owner = '' WHERE owner = ? AND ended_at IS NULL AND status = 'queued' AND claims < ?"""
 FREED = "UPDATE answers SET owner = '' WHERE nr IN (SELECT value FROM json_each(?))"
 
 
@@ -58,6 +60,11 @@ def _entry(created_at: float, _nr: int, *values: Any) -> Entry:
 def begin(connection: Connection, owner: str, id: str) -> bool:
     connection.execute(BEGUN, (bound(id), owner))
     return connection.changes() == 1
+
+
+def requeue_of(connection: Connection, owner: str) -> None:
+    """What the owner had claimed, did not begin, and may be claimed again."""
+    connection.execute(FREED_OF, (owner, MOST_CLAIMS))
 
 
 def requeue(connection: Connection, nrs: Sequence[int]) -> None:

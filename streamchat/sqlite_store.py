@@ -21,7 +21,7 @@ from .sqlite_file import File, bound, unbound
 from .sqlite_leases import Leases
 from .sqlite_listener import SqliteListener
 from .sqlite_outbox import SqliteOutbox, delivered, forget_letters
-from .sqlite_queue import begin, claim, find_waiting, requeue
+from .sqlite_queue import begin, claim, find_waiting, requeue, requeue_of
 from .sqlite_schema import Connection, check_library
 from .sqlite_taking import Taker
 from .sqlite_upkeep import (
@@ -80,7 +80,7 @@ class SqliteStore:
         self._reader.run(lambda connection: self._seen_leases.renew(connection, owner))
 
     def give_up(self, owner: str) -> None:
-        self._writer.run(lambda connection: connection.execute("DELETE FROM owners WHERE owner = ?", (owner,)).get)
+        self._writer.run(lambda connection: self._give_up(connection, owner))
 
     def admit(self, entry: Entry, limits: Limits) -> str:
         return self._writer.run(lambda connection: self._admit(connection, entry, limits))
@@ -189,6 +189,11 @@ class SqliteStore:
             connection.execute(kept, (*scope, bound(entry.fingerprint), entry.id, entry.created_at))
         return entry.id
 
+    def _give_up(self, connection: Connection, owner: str) -> None:
+        """What it had claimed waits again at once: without its row, nobody who counts would see that it may."""
+        requeue_of(connection, owner)
+        self._leases.bury(connection, [owner])
+
     def _begin(self, connection: Connection, owner: str, id: str) -> bool:
         self._leases.check(connection, owner)
         return begin(connection, owner, id)
@@ -198,6 +203,8 @@ class SqliteStore:
         if not (of_user or of_all or of_day):
             return
         owners, dead = self._leases.census(connection)
+        if dead:
+            self._settle(connection, dead)
         living, user = counted(owners), bound(entry.user)
         if of_all and connection.execute(f"SELECT count(*) {LIVE_OF_LIVING}", (living,)).get >= limits.streams:
             raise TooManyStreams()
@@ -209,7 +216,6 @@ class SqliteStore:
             spent = self._spent(connection, user, midnight(entry.created_at)) if of_day else 0
             if is_over(limits.tokens_per_day, spent + reserved, entry.reserve):
                 raise BudgetExhausted()
-        self._leases.bury(connection, dead)
 
     def _spent(self, connection: Connection, user: str | bytes | None, since: float) -> int:
         asked = "SELECT ifnull(sum(input_tokens + output_tokens), 0) FROM ledger WHERE user = ? AND started >= ?"
@@ -252,6 +258,15 @@ class SqliteStore:
                 if status == "in_progress":  # one that is claimed, and not begun, may be cancelled by anybody
                     self._running[owner, id] = nr, seq
         return running
+
+    def _settle(self, connection: Connection, dead: Sequence[str]) -> None:
+        """Who is counted as dead stays so, and what was claimed and not begun waits again, before others are counted.
+
+        It holds whether who asked is then refused or not.
+        """
+        self._leases.bury(connection, dead)
+        while has_orphans(connection, self._leases):
+            self._reap(connection)
 
     def _reap(self, connection: Connection) -> list[str]:
         orphans = find_orphans(connection, self._leases)
