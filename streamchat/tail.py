@@ -117,7 +117,9 @@ class Tails:
         """Of an answer that another process makes. Raises StoreDown."""
         tail = Tail(self._loop.bell(), lambda tail: self._drop(id, tail))
         with self._lock:
-            self._following.setdefault(id, []).append(tail)
+            tails = self._following.setdefault(id, [])
+            tails.append(tail)
+            self._following[id] = tails  # once more: the collector may have dropped the last reader in between
             listener = self._listener
         try:
             if listener is not None:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -174,3 +175,20 @@ def test_what_is_from_before_its_time_comes_in_slices_and_then_what_is_told(line
     assert tail.take(0) == []
     tail.close()
     assert sheet.readers == []
+
+
+def test_who_comes_while_the_collector_drops_the_last_reader_hears_all(line: Line) -> None:
+    first = line.tails.of_store(line.answer.id)
+
+    class Collecting(dict[str, list[Any]]):
+        def setdefault(self, id: str, default: Any = None) -> Any:
+            found = super().setdefault(id, default)
+            first.close()
+            return found
+
+    line.tails._following = Collecting(line.tails._following)
+    second = line.tails.of_store(line.answer.id)
+    line.write(texts(line.answer.id, 0, 2))
+    assert heard(line, second, 2) == [0, 1]
+    second.close()
+    assert line.tails.ids == set()
