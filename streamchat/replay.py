@@ -27,6 +27,7 @@ SLICE = 16_384
 MANY = 500  # events that are told before others have their turn
 BREATH = 0.0001  # seconds in which others have their turn
 LOOK = 5.0  # seconds of silence after which the store is asked whether the answer has ended
+FIRST_LOOK = 0.5  # the same, where nothing is kept yet: its admission may be one that is just being retracted
 
 News = list[tuple[int, Event]]
 
@@ -60,7 +61,7 @@ class Replay:
         self._heartbeat = settings.heartbeat if encoder.heartbeat else NEVER
         # The opening waits for something to tell as long as that of a new answer.
         self._due = NEVER if encoder.patient else self.started + settings.status_hold
-        self._look_at = self.started + LOOK
+        self._look_at = self.started + (LOOK if kept.next else FIRST_LOOK)
         self._words = words
         self._tail: Tail | None = None
         self._finish: int | None = None  # the seq of an end that the reader has, and the log had not yet
@@ -210,6 +211,8 @@ class Replay:
             found = self._log.store.find(self.kept.id)
         except StoreDown:
             return False  # nobody knows; what is new is told once the store is back
+        if found is None and not self.kept.next:
+            raise StoreDown  # retracted: the same question may be asked again
         return found is None or found.status not in LIVE
 
     def _history(self) -> Iterator[News]:

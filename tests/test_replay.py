@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -152,6 +153,15 @@ def test_who_says_to_have_more_of_a_running_answer_than_there_will_be_is_told_so
         next(whole.stream())
     with pytest.raises(ConnectionResetError):  # the status is told already: a reader who comes back gets a 400
         b"".join(stream.stream())
+
+
+def test_who_is_told_of_an_answer_that_is_retracted_may_ask_again(reading: Reading) -> None:
+    """The same key found it between its admission, whose reply never came, and that."""
+    id = reading.answer()
+    replay = reading.replay(id, accept=TEXT)
+    reading.store.write(reading.owner, [], [replace(ending(reading.entry), retracted=True)])
+    with pytest.raises(StoreDown):
+        next(replay.stream())
 
 
 def test_what_is_missing_for_good_is_a_gap(reading: Reading) -> None:
