@@ -63,12 +63,17 @@ class Admission:
         _check_key(key, is_kept=True)
         entry = replace(self._entry(order, asked, key), status="queued", request=request)
         with _timed_refusals():
-            return log.lease.ask(lambda owner: log.store.admit(replace(entry, owner=owner), self._limits))
+            id = log.lease.ask(lambda owner: log.store.admit(replace(entry, owner=owner), self._limits))
+            if id != order.id and log.store.find(id) is None:  # as below
+                id = log.lease.ask(lambda owner: log.store.admit(replace(entry, owner=owner), self._limits))
+        return id
 
     def _admitted(self, log: Log, answer: Answer, asked: ChatRequest, key: str | None, needed: bool) -> str:
         entry = self._entry(answer.order, asked, key, log.lease.owner or "")
         with _timed_refusals():
             id, sheet = log.admit(entry, self._limits, answer.cancellation, needed)
+            if sheet is None and log.store.find(id) is None:  # it was just being retracted, or is forgotten
+                id, sheet = log.admit(entry, self._limits, answer.cancellation, needed)
         if sheet is not None:
             answer.keep(sheet, findable=key is not None or (entry.chat is not None and entry.user is not None))
             if not sheet.admitted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .envelopes import enclose
 from .errors import Cancelled, Interrupted, StreamChatError
@@ -52,15 +51,14 @@ def unseen(batch: Batch, seq: int) -> Batch | None:
 
 def chars_of(payloads: Iterable[bytes]) -> int:
     """How many characters the model said in packed events. What is not whole says nothing."""
-    return sum(len(item[SAID[item[0]]]) for payload in payloads for item in _items(payload) if item[0] in SAID)
+    return sum(map(_chars, payloads))
 
 
-def _items(payload: bytes) -> list[Any]:
+def _chars(payload: bytes) -> int:
     try:
-        items: list[Any] = json.loads(payload)
-    except ValueError:
-        return []
-    return items
+        return sum(len(item[SAID[item[0]]]) for item in json.loads(payload) if item[0] in SAID)
+    except (ValueError, TypeError, LookupError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

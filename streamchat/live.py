@@ -105,7 +105,7 @@ class Live:
 
     def _check(self, answer: Running, more: int) -> None:
         of_user = self._users[answer.user] + more if answer.user is not None else 0
-        in_all = sum(each.asks for each in self._running) + more if self._most_in_all else 0
+        in_all = sum(each.asks for each in tuple(self._running)) + more if self._most_in_all else 0
         if 0 < self._most_of_user < of_user or in_all > self._most_in_all:
             raise TooManyStreams(retry_after=RETRY_AFTER)
 

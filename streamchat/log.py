@@ -265,7 +265,8 @@ class Log:
 
     def cancel_here(self, id: str, user: str | None) -> None:
         """Stops the user's answer if it is made here: that needs no store."""
-        if id in self.running and self.running[id].user == user:
+        sheet = self.running.get(id)
+        if sheet is not None and sheet.user == user:
             self._cancelled(id)
 
     def wake(self) -> None:

@@ -53,8 +53,9 @@ def show_letter(id: str, mount: str | None) -> None:
         letter = store.outbox.find(id)
         found.extend([letter] if letter is not None else [])
 
-    ask_logs(mount, find)
+    all_told = ask_logs(mount, find)
     if not found:
+        finish(all_told)
         raise click.ClickException(
             f"There is no webhook {id}: `flask streamchat webhooks list` shows those that are kept."
         )
@@ -80,7 +81,8 @@ def replay(ids: tuple[str, ...], dead: bool, mount: str | None) -> None:
 
     all_told = ask_logs(mount, replay_here)
     click.echo(f"{len(replayed):,} {'webhook' if len(replayed) == 1 else 'webhooks'} to be delivered again")
-    if unknown := set(ids) - set(replayed):
+    unknown = set(ids) - set(replayed)
+    if unknown and all_told:
         raise click.ClickException(f"There is no webhook {', '.join(sorted(unknown))}.")
     finish(all_told)
 

@@ -28,9 +28,9 @@ PATIENCE = 1.7  # seconds for a command with all that it waits for; the rest of 
 POOL_WAIT = 0.5
 SOCKET_WAIT = 0.35
 LEAST_WAIT = 0.05
-# At a time: one that a silent resolver holds goes on for many seconds, and in gevent's pool of ten threads, where the
-# models' names are resolved too.
-CONNECTING = 2
+# Questions to the resolver at a time: one without an answer goes on for many seconds, and under gevent in its pool of
+# ten threads, where the models' names are resolved too.
+RESOLVING = 2
 TELL_AGAIN = 60.0  # seconds
 # The URL's query cannot overrule these. Nothing is retried: whoever calls knows better whether to.
 CONNECTION: dict[str, Any] = {
@@ -59,16 +59,19 @@ def limited(make: type[AbstractConnection]) -> type[AbstractConnection]:
 
     redis-py gives that time to each address of a host, then to TLS, and to the resolver any time.
     """
-    places = threading.BoundedSemaphore(CONNECTING)
+    places = threading.BoundedSemaphore(RESOLVING)
 
     def _connect(self: Any) -> socket.socket:
-        until = time.monotonic() + self.socket_connect_timeout
-        if not places.acquire(timeout=self.socket_connect_timeout):
-            raise TimeoutError
         made: Future[socket.socket] = Future()
-        threading.Thread(target=_make, args=(made, lambda: make._connect(self), places.release), daemon=True).start()
+
+        def work() -> None:
+            _fill(made, lambda: _connected(make, self, places))
+
         try:
-            return made.result(until - time.monotonic())
+            threading.Thread(target=work, daemon=True).start()
+            return made.result(self.socket_connect_timeout)
+        except RuntimeError as error:  # no thread can be started
+            raise OSError(str(error)) from None
         except BaseException:
             made.add_done_callback(_drop)  # nobody waits for it any more
             raise
@@ -76,15 +79,26 @@ def limited(make: type[AbstractConnection]) -> type[AbstractConnection]:
     return type(f"Limited{make.__name__}", (make,), {"_connect": _connect})
 
 
-def _make(made: Future[socket.socket], connect: Callable[[], socket.socket], leave: Callable[[], None]) -> None:
+def _connected(make: Any, connection: Any, places: threading.BoundedSemaphore) -> socket.socket:
+    """Once a resolver has answered: redis-py asks it again, at once."""
+    if host := getattr(connection, "host", ""):  # a socket's file has none
+        if not places.acquire(timeout=connection.socket_connect_timeout):
+            raise TimeoutError
+        try:
+            socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
+        finally:
+            places.release()
+    connected: socket.socket = make._connect(connection)
+    return connected
+
+
+def _fill(made: Future[socket.socket], connect: Callable[[], socket.socket]) -> None:
     try:
         connected = connect()
     except BaseException as error:
         made.set_exception(error)
     else:
         made.set_result(connected)
-    finally:
-        leave()
 
 
 def _drop(made: Future[socket.socket]) -> None:

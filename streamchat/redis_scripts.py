@@ -201,7 +201,7 @@ for _, owner in ipairs(call('SMEMBERS', P .. 'owners')) do
     local row = call('HMGET', P .. 'answer:' .. id, 'reserve', 'bytes', 'status')
     answers, bytes = answers + 1, bytes + (row[2] or 0)
     if row[3] == 'queued' then queued = queued + 1 end
-    if counts(owner) then live, reserved = live + 1, reserved + (row[1] or 0) end
+    if holds(owner, id) then live, reserved = live + 1, reserved + (row[1] or 0) end
   end
 end
 return {live, queued, reserved, owners, answers, bytes,

@@ -162,7 +162,7 @@ class Replay:
             yield told
             if isinstance(told[-1][1], ENDS):
                 return
-        if self._next == self._first and self._tail is not None:
+        if self._next == self._first and self._tail is not None and self.kept.next:
             yield None  # there is nothing new yet: the stream opens all the same
         while True:
             news = self._wait()

@@ -48,7 +48,8 @@ class File:
     the native thread when a transaction was not committed, or nobody knows.
 
     What waits for the native thread is done in one transaction: its begin, its commit and the pages that tasks share
-    cost once. A task raises StreamChatError only before it writes anything; after anything else all are done apart.
+    cost once. Where a task raises StreamChatError, what it wrote before is right by itself; after anything else all are
+    done apart.
     """
 
     def __init__(

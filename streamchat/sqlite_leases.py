@@ -18,6 +18,8 @@ from .sqlite_schema import MODE, Connection
 SUFFIX = "-leases"
 LEASE = struct.Struct("=dd")  # the monotonic time of its end, and how long it was
 ROUNDING = 0.001  # seconds
+NO_BOOT = "none"  # of an owner that is dead
+THESE = "WHERE owner IN (SELECT value FROM json_each(?))"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -66,8 +68,12 @@ class Leases:
     def bury(self, connection: Connection, dead: Sequence[str]) -> None:
         """By whoever counts on their death, in one transaction: who is in the middle of `renew` would live again."""
         if dead:
-            gone = "DELETE FROM owners WHERE owner IN (SELECT value FROM json_each(?))"
-            connection.execute(gone, (json.dumps(dead),))
+            connection.execute(f"UPDATE owners SET boot = '{NO_BOOT}' {THESE}", (json.dumps(dead),))
+
+    def forget(self, connection: Connection, dead: Sequence[str]) -> None:
+        """Their rows, once nothing is left of them."""
+        if dead:
+            connection.execute(f"DELETE FROM owners {THESE}", (json.dumps(dead),))
 
     def close(self) -> None:
         fd, self._fd = self._fd, None

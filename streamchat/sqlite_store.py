@@ -192,7 +192,7 @@ class SqliteStore:
     def _give_up(self, connection: Connection, owner: str) -> None:
         """What it had claimed waits again at once: without its row, nobody who counts would see that it may."""
         requeue_of(connection, owner)
-        self._leases.bury(connection, [owner])
+        self._leases.forget(connection, [owner])
 
     def _begin(self, connection: Connection, owner: str, id: str) -> bool:
         self._leases.check(connection, owner)
@@ -267,6 +267,7 @@ class SqliteStore:
         self._leases.bury(connection, dead)
         while has_orphans(connection, self._leases):
             self._reap(connection)
+        self._leases.forget(connection, dead)
 
     def _reap(self, connection: Connection) -> list[str]:
         orphans = find_orphans(connection, self._leases)

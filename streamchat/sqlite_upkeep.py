@@ -51,10 +51,14 @@ def has_orphans(connection: Connection, leases: Leases) -> bool:
 
 
 def find_orphans(connection: Connection, leases: Leases) -> list[Orphan]:
-    """Some of them. Owners that are dead lose their row first: they cannot come back."""
-    living = json.dumps(leases.living(connection))
-    connection.execute("DELETE FROM owners WHERE owner NOT IN (SELECT value FROM json_each(?))", (living,))
-    found = connection.execute(f"{UNFINISHED} WHERE nr IN ({OF_DEAD}) ORDER BY nr", (living,)).fetchall()
+    """Some of them. Owners that are dead are closed first: they cannot come back. Those that left more keep their row,
+    for all who count to see that they did.
+    """
+    owners, dead = leases.census(connection)
+    leases.bury(connection, dead)
+    found = connection.execute(f"{UNFINISHED} WHERE nr IN ({OF_DEAD}) ORDER BY nr", (json.dumps(owners),)).fetchall()
+    if len(found) < ORPHANS_A_STEP:
+        leases.forget(connection, dead)
     return [orphan(connection, row) for row in found]
 
 
@@ -72,7 +76,8 @@ def figures(connection: Connection, leases: Leases) -> Mapping[str, int]:
     ((live, queued, reserved, answers, size),) = connection.execute(
         """SELECT count(*) FILTER (WHERE lives), count(*) FILTER (WHERE status = 'queued'),
             ifnull(sum(reserve) FILTER (WHERE lives), 0), count(*), ifnull(sum(size), 0) FROM (
-            SELECT reserve, status, ended_at IS NULL AND owner IN (SELECT value FROM json_each(?)) AS lives,
+            SELECT reserve, status,
+            ended_at IS NULL AND (owner IN (SELECT value FROM json_each(?)) OR status = 'queued') AS lives,
             iif(ended_at IS NULL, (SELECT sum(octet_length(payload)) FROM pieces WHERE answer = answers.nr), bytes)
             AS size
             FROM answers)""",

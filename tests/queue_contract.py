@@ -221,6 +221,8 @@ class QueueContract:
         assert another.claim(worker, "jobs", 1)
         another.give_up(worker)
         for _ in range(2):
+            gauges = store.gauges()
+            assert (gauges["live"], gauges["queued"], gauges["reserved"]) == (1, 1, 80)
             with pytest.raises((TooManyStreams, BudgetExhausted)):
                 store.admit(entry(owner, user="ann", reserve=80), limits)
             store.reap()

@@ -90,6 +90,19 @@ def test_a_key_whose_admission_had_no_reply_may_be_sent_again(
     assert store.memory.usage(0, "user")[0].answers == 1
 
 
+def test_a_key_that_meets_its_retraction_is_asked_anew(upstream: FakeUpstream, shop: Shop, store: FaultyStore) -> None:
+    store.after["admit"] = store.before["write"] = down
+    assert code(ask(shop, Idempotency_Key="k")) == (503, "overloaded")
+
+    def rise() -> None:
+        """Its id is told; before that is looked up, the store forgets it."""
+        store.rise()
+        wait_until(lambda: not store.memory.gauges()["answers"], "it is not retracted")
+
+    store.after["admit"] = rise
+    assert (ask(shop, Idempotency_Key="k").status_code, len(upstream.requests)) == (200, 1)
+
+
 def test_the_same_key_is_told_again_to_wait(upstream: FakeUpstream, shop: Shop, store: FaultyStore) -> None:
     upstream.script = error(429, headers={"Retry-After": "7"})
     waits = []

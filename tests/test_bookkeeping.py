@@ -70,7 +70,17 @@ def test_an_orphan_is_charged_for_what_was_kept_of_it() -> None:
 def test_the_characters_that_were_said_are_counted(events: list[Event], chars: int) -> None:
     payloads = [pack([event]) for event in events]
     assert chars_of(payloads) == chars_of([pack(events)]) == chars
-    assert chars_of([*payloads, b'[["text","half']) == chars
+    for wrong in (
+        b'[["text","half',
+        b"5",
+        b"[5]",
+        b"[[]]",
+        b'[["text"]]',
+        b'[["text",null]]',
+        b'[[["text"]]]',
+        b"\xff",
+    ):
+        assert chars_of([*payloads, wrong]) == chars
 
 
 def test_who_stops_an_answer_in_its_queue_pays_nothing() -> None:

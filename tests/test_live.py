@@ -282,3 +282,19 @@ def test_a_cap_that_is_full_leaves_the_events_of_others_alone(upstream: FakeUpst
             body += read_all(sock)
         assert [body.count(b'"seq":%d' % seq) for seq in range(4)] == [1, 1, 1, 0]
         shop.the_record()
+
+
+def test_the_streams_of_all_are_counted_while_the_collector_ends_one() -> None:
+    live = Live(choose_loop(), 100, 30, 60, lambda: None, most_in_all=50)
+    dropped = [Running(live) for _ in range(5)]
+
+    class Collecting(Running):
+        @property
+        def asks(self) -> bool:  # type: ignore[override]
+            for each in dropped:
+                live.leave(each)
+            return True
+
+    kept = [Collecting(live), Running(live)]
+    assert len(live) == len(kept)
+    live.close()

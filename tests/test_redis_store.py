@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
@@ -346,6 +347,36 @@ def test_a_silent_resolver_is_asked_twice_at_a_time_and_redis_is_back_with_it(
     assert eventually(lambda: server.connections() == [])
     assert store.find("resp_1") is None
     store.close()
+
+
+def test_where_no_thread_can_be_started_redis_is_down_and_back_with_the_next(
+    server: RedisServer, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            with pytest.raises(StoreDown):
+                store.find("resp_1")
+    assert store.find("resp_1") is None
+
+
+def test_all_connect_at_once_over_a_slow_line(
+    server: RedisServer, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = threading.Barrier(8, timeout=DOWN_WITHIN)
+    real: Callable[[redis.Connection], Any] = redis.Connection._connect
+
+    def slow(connection: redis.Connection) -> Any:
+        barrier.wait()  # each takes as long as all of them together
+        return real(connection)
+
+    monkeypatch.setattr(redis.Connection, "_connect", slow)
+    monkeypatch.setitem(store._link._pool.connection_kwargs, "socket_connect_timeout", DOWN_WITHIN)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: store.find("resp_1"), range(8))) == [None] * 8
 
 
 def test_a_paused_redis_is_down_within_two_seconds_for_every_method_and_all_works_afterwards(

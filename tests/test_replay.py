@@ -155,10 +155,11 @@ def test_who_says_to_have_more_of_a_running_answer_than_there_will_be_is_told_so
         b"".join(stream.stream())
 
 
-def test_who_is_told_of_an_answer_that_is_retracted_may_ask_again(reading: Reading) -> None:
+@pytest.mark.parametrize("accept", [TEXT, NDJSON])
+def test_who_is_told_of_an_answer_that_is_retracted_may_ask_again(reading: Reading, accept: str) -> None:
     """The same key found it between its admission, whose reply never came, and that."""
     id = reading.answer()
-    replay = reading.replay(id, accept=TEXT)
+    replay = reading.replay(id, accept=accept)
     reading.store.write(reading.owner, [], [replace(ending(reading.entry), retracted=True)])
     with pytest.raises(StoreDown):
         next(replay.stream())

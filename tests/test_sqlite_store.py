@@ -9,10 +9,11 @@ from threading import Event
 import pytest
 
 from streamchat import sqlite_listener
-from streamchat.errors import LeaseLost, StoreDown
+from streamchat.errors import LeaseLost, StoreDown, TooManyStreams
 from streamchat.loop import ThreadLoop
 from streamchat.sqlite_schema import Connection
 from streamchat.sqlite_store import SqliteStore
+from streamchat.sqlite_upkeep import ORPHANS_A_STEP
 from streamchat.store import Limits
 
 from .asking import Background, wait_until
@@ -138,3 +139,21 @@ def test_a_lease_that_an_admission_counted_as_dead_does_not_live_again(tmp_path:
     assert ended is not None and ended.status == "failed"
     slow.close()
     quick.close()
+
+
+def test_the_rest_of_what_the_dead_left_holds_its_place_between_the_steps_of_a_reap(tmp_path: Path) -> None:
+    clock = Clock()
+    store, another = (SqliteStore(str(tmp_path / "log.db"), LEASE, ThreadLoop().lane, clock) for _ in range(2))
+    dead = store.take_lease()
+    many = ORPHANS_A_STEP + 5
+    for _ in range(many):
+        store.admit(entry(dead, status="queued", queue="jobs", user="ann"), NONE)
+    assert len(store.claim(dead, "jobs", many)) == many
+    clock.now += 2 * LEASE
+    mine = another.take_lease()
+    another._writer.run(another._reap)  # its process is killed then
+    with pytest.raises(TooManyStreams):
+        another.admit(entry(mine, user="ann"), Limits(streams_per_user=many - 1))
+    assert another.gauges()["owners"] == 1
+    store.close()
+    another.close()
