@@ -17,7 +17,8 @@ from .errors import Draining, Interrupted, LeaseLost, StoreDown, StreamChatError
 from .hangup import Caller
 from .jobs import Job, pack_job, unpack_job
 from .live import RETRY_AFTER
-from .loop import NEVER
+from .log import Log
+from .loop import NEVER, Loop
 from .mount import Mount
 from .order import Notice, Order
 from .schema import ChatRequest
@@ -49,7 +50,8 @@ def accept(mount: Mount, id: str, user: str | None, asked: ChatRequest, locale: 
         admitted = mount.admission.queue(log, order, asked, key, pack_job(order.prompt, locale))
     except StoreDown:
         if key is None:
-            mount.process.loop.spawn(lambda: _take_back(mount, id))
+            loop = mount.process.loop
+            loop.spawn(lambda: _take_back(mount, log, loop, id))
         raise
     if admitted != id:
         return mount.find_by_key(admitted, user)
@@ -63,12 +65,13 @@ def notice_of(mount: Mount, target: str | None) -> Notice:
     return Notice(mount.name, settings.webhook_url if target is None else target, settings.webhook_text)
 
 
-def _take_back(mount: Mount, id: str) -> None:
+def _take_back(mount: Mount, log: Log, loop: Loop, id: str) -> None:
+    """By the log of then: a mount that was closed meanwhile would open another."""
     until = time.monotonic() + TAKE_BACK_WITHIN
     while time.monotonic() < until:
-        mount.process.loop.pause(time.monotonic() + AGAIN)
+        loop.pause(time.monotonic() + AGAIN)
         with contextlib.suppress(StoreDown):
-            mount.cancel(id)
+            mount.tell(log.cancel(id))
             return
 
 

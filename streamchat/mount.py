@@ -218,8 +218,11 @@ class Mount:
 
     def cancel(self, id: str) -> None:
         """Stops an answer, wherever it is made. Raises StoreDown where that is not here."""
-        record = self.log.cancel(id)
-        if record is not None:  # nobody else tells of what nobody made
+        self.tell(self.log.cancel(id))
+
+    def tell(self, record: Record | None) -> None:
+        """Of an answer that ended in its queue: nobody else tells of what nobody made."""
+        if record is not None:
             self._told(record, "")
 
     def _told(self, record: Record, text: str) -> None:

@@ -141,7 +141,7 @@ LAYERS = {
     "sender": Layer(3, "attempts delivery errors letters log loop settings webhooks"),
     "background": Layer(
         4,
-        "cancellation encoders ending errors hangup jobs live loop mount order schema sender sheet store",
+        "cancellation encoders ending errors hangup jobs live log loop mount order schema sender sheet store",
         "flask",
     ),
     "spending": Layer(3, "store"),

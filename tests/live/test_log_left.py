@@ -107,6 +107,8 @@ def test_an_answer_that_nobody_reads_on_ends_with_the_grace_time(waiting: Chain)
     (asked,) = waiting.pair.model.asked("alone")
     waited = asked.wait_left(GRACE + SWEEP + MARGIN) - left
     assert GRACE - 0.1 <= waited <= GRACE + SWEEP + MARGIN, waited
+    # The call to the model is closed first; the end is in the log a moment later.
+    wait_for(lambda: look(waiting.pair.second, caller.id)["status"] != "in_progress", MARGIN, "the answer's end")
     told = look(waiting.pair.second, caller.id)
     assert (told["status"], told["error"]["code"], told["text"]) == ("cancelled", "cancelled", "Hel")
     assert outcome(waiting.pair.first, caller.id) == "caller_left"
