@@ -246,7 +246,7 @@ class Replay:
         told: News = []
         for place, (seq, event) in enumerate(news):
             failed = isinstance(event, Failure)
-            if isinstance(event, Finish) and seq < self._next:
+            if seq < self._next and isinstance(event, Finish):
                 self._finish = seq  # its reader was told it before the log had it: that took too long
                 break
             if seq > self._next and not (failed and again):

@@ -284,17 +284,21 @@ def test_a_cap_that_is_full_leaves_the_events_of_others_alone(upstream: FakeUpst
         shop.the_record()
 
 
-def test_the_streams_of_all_are_counted_while_the_collector_ends_one() -> None:
+def test_the_streams_of_all_are_counted_while_the_collector_ends_some() -> None:
     live = Live(choose_loop(), 100, 30, 60, lambda: None, most_in_all=50)
-    dropped = [Running(live) for _ in range(5)]
+    dropped: list[Running] = []
 
     class Collecting(Running):
         @property
         def asks(self) -> bool:  # type: ignore[override]
-            for each in dropped:
-                live.leave(each)
+            """Looked at in the middle of the count."""
+            while dropped:
+                live.leave(dropped.pop())
             return True
 
-    kept = [Collecting(live), Running(live)]
-    assert len(live) == len(kept)
+    kept: list[Running] = [Collecting(live)]
+    streams = [Running(live) for _ in range(5)]
+    dropped += streams
+    kept.append(Running(live))
+    assert (len(live), dropped) == (len(kept), [])
     live.close()

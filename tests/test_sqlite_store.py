@@ -11,14 +11,26 @@ import pytest
 from streamchat import sqlite_listener
 from streamchat.errors import LeaseLost, StoreDown, TooManyStreams
 from streamchat.loop import ThreadLoop
+from streamchat.sqlite_listener import SqliteListener
 from streamchat.sqlite_schema import Connection
 from streamchat.sqlite_store import SqliteStore
 from streamchat.sqlite_upkeep import ORPHANS_A_STEP
-from streamchat.store import Limits
+from streamchat.store import Entry, Limits
 
 from .asking import Background, wait_until
 from .queue_contract import QueueContract
 from .store_contract import HEARD_WITHIN, LEASE, NONE, Clock, ClockContract, StoreContract, entry, heard, texts
+
+
+def with_news(store: SqliteStore, owner: str) -> tuple[Entry, SqliteListener]:
+    """An answer with pieces that was cancelled, and a listener that is still to hear of both."""
+    answer = entry(owner)
+    store.admit(answer, NONE)
+    listener = store.listen(owner)
+    listener.add(answer.id)
+    store.write(owner, [texts(answer.id, 0, 2)], [])
+    store.cancel(answer.id)
+    return answer, listener
 
 
 class TestSqliteStore(QueueContract, ClockContract, StoreContract):
@@ -37,12 +49,7 @@ class TestSqliteStore(QueueContract, ClockContract, StoreContract):
     def test_a_poll_that_fails_half_way_loses_no_cancel_and_no_news(
         self, store: SqliteStore, owner: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        answer = entry(owner)
-        store.admit(answer, NONE)
-        listener = store.listen(owner)
-        listener.add(answer.id)
-        store.write(owner, [texts(answer.id, 0, 2)], [])
-        store.cancel(answer.id)
+        answer, listener = with_news(store, owner)
 
         def fail(_: Connection) -> int:
             monkeypatch.undo()
@@ -56,12 +63,7 @@ class TestSqliteStore(QueueContract, ClockContract, StoreContract):
     def test_a_poll_that_is_done_again_because_of_another_task_loses_no_cancel_and_no_news(
         self, store: SqliteStore, owner: str
     ) -> None:
-        answer = entry(owner)
-        store.admit(answer, NONE)
-        listener = store.listen(owner)
-        listener.add(answer.id)
-        store.write(owner, [texts(answer.id, 0, 2)], [])
-        store.cancel(answer.id)
+        answer, listener = with_news(store, owner)
         held, go_on = Event(), Event()
 
         def hold(_: Connection) -> None:
